@@ -1,0 +1,77 @@
+"""embedkit turns folders of images into embeddings and makes them useful.
+
+A store is a file that says what produced it, and everything downstream reads stores and nothing else.
+The public names below are imported on first use, so that ``import embedkit`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedkit.backbones import Backbone, list_models
+    from embedkit.errors import (
+        BackboneError,
+        EmbeddingShapeError,
+        EmbedkitError,
+        EvaluationError,
+        ImageError,
+        SpecMismatchError,
+        StoreExistsError,
+        StoreFormatError,
+        StoreNotFoundError,
+    )
+    from embedkit.evaluation import Report, probe
+    from embedkit.extraction import extract
+    from embedkit.index import Index
+    from embedkit.spec import EmbeddingSpec, Preprocessing
+    from embedkit.store import Store
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "EmbeddingShapeError",
+    "EmbeddingSpec",
+    "EmbedkitError",
+    "EvaluationError",
+    "ImageError",
+    "Index",
+    "Preprocessing",
+    "Report",
+    "SpecMismatchError",
+    "Store",
+    "StoreExistsError",
+    "StoreFormatError",
+    "StoreNotFoundError",
+    "__version__",
+    "extract",
+    "list_models",
+    "probe",
+]
+
+_ROOMS = {
+    "Backbone": "backbones",
+    "EmbeddingSpec": "spec",
+    "Index": "index",
+    "Preprocessing": "spec",
+    "Report": "evaluation",
+    "Store": "store",
+    "extract": "extraction",
+    "list_models": "backbones",
+    "probe": "evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'embedkit' has no attribute {name!r}")
+    room = importlib.import_module(f"embedkit.{_ROOMS.get(name, 'errors')}")
+    value = globals()[name] = getattr(room, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

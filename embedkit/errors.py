@@ -1,0 +1,107 @@
+"""The exceptions that embedkit raises on purpose.
+
+Every one of them is an :class:`EmbedkitError`, and each leaf also inherits the builtin that a caller would guess::
+
+    EmbedkitError
+    ├─ StoreNotFoundError(FileNotFoundError)   there is no store at this path
+    ├─ StoreExistsError(FileExistsError)       there is one already, and nobody asked to replace it
+    ├─ StoreFormatError(ValueError)            not a store, a newer one, or a damaged one
+    ├─ SpecMismatchError(ValueError)           two sets of embeddings that must not be compared
+    ├─ BackboneError(ValueError)               an unknown model, or weights that cannot be had or do not fit
+    ├─ ImageError(ValueError)                  an image that cannot be read
+    ├─ EmbeddingShapeError(ValueError)         vectors of another width
+    └─ EvaluationError(ValueError)             labels or a split from which no honest number can be made
+
+A message says what was found, what was expected and what to do next. The command line turns an EmbedkitError into one
+line and exit code 1; any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class EmbedkitError(Exception):
+    """Base class of every error that embedkit raises on purpose."""
+
+
+class StoreNotFoundError(EmbedkitError, FileNotFoundError):
+    """There is no store at this path."""
+
+
+class StoreExistsError(EmbedkitError, FileExistsError):
+    """A store exists already at the path where one was to be written."""
+
+
+class StoreFormatError(EmbedkitError, ValueError):
+    """The file is not an embedkit store, is newer than this embedkit, or is damaged."""
+
+
+class SpecMismatchError(EmbedkitError, ValueError):
+    """Two sets of embeddings were made differently and must not be compared.
+
+    Parameters
+    ----------
+    message : str
+        What was about to be compared.
+    differences : mapping of str to tuple
+        ``{field: (left, right)}`` for every field of the specs that differs.
+
+    Attributes
+    ----------
+    differences : dict of str to tuple
+        As passed in.
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
+        self.differences = dict(differences)
+        fields = "".join(f"\n  {name}: {left!r} != {right!r}" for name, (left, right) in self.differences.items())
+        super().__init__(f"{message}; these fields differ:{fields}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_mismatch, (str(self), self.differences)
+
+
+def _rebuild_mismatch(message: str, differences: dict[str, tuple[Any, Any]]) -> SpecMismatchError:
+    error = SpecMismatchError.__new__(SpecMismatchError)
+    error.args = (message,)
+    error.differences = differences
+    return error
+
+
+class BackboneError(EmbedkitError, ValueError):
+    """The backbone is unknown, its weights cannot be had, or they do not fit its architecture."""
+
+
+class ImageError(EmbedkitError, ValueError):
+    """An image cannot be read.
+
+    Parameters
+    ----------
+    id : str
+        The image's id or path.
+    reason : str
+        Why it cannot be read, in one line.
+
+    Attributes
+    ----------
+    id, reason : str
+        As passed in.
+    """
+
+    def __init__(self, id: str, reason: str) -> None:
+        self.id = id
+        self.reason = reason
+        super().__init__(id, reason)
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}"
+
+
+class EmbeddingShapeError(EmbedkitError, ValueError):
+    """Vectors do not have the width that is needed."""
+
+
+class EvaluationError(EmbedkitError, ValueError):
+    """Labels or a split from which no honest number can be made."""

@@ -1,0 +1,171 @@
+"""EmbeddingSpec: the facts that fix the numbers, and their digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from embedkit.errors import SpecMismatchError, StoreFormatError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the pixels that a backbone sees.
+
+    The steps are timm's evaluation transform: resize, centre crop, scale to [0, 1], subtract `mean`, divide by `std`.
+
+    Parameters
+    ----------
+    img_size : tuple of int
+        Height and width of the crop, in pixels.
+    crop_pct : float
+        Share of the resized image that the crop keeps: the image is resized to ``floor(img_size / crop_pct)``.
+    crop_mode : {"center", "squash", "border"}
+        Whether the short side is fitted, both sides are stretched, or the long side is fitted and the rest is filled
+        with `mean`.
+    interpolation : str
+        Pillow's name of the resampling filter: nearest, bilinear, bicubic, lanczos, box or hamming.
+    mean, std : tuple of float
+        Per channel, for pixels in [0, 1].
+    exif : bool
+        Whether the EXIF orientation is applied. Photographs taken with a turned phone need it; many published
+        protocols did without.
+    alpha : str
+        What transparent pixels become. Always ``"white"``: the image is laid over white paper.
+    decoder : str
+        The library that decodes the file.
+    """
+
+    img_size: tuple[int, int] = (224, 224)
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    exif: bool = True
+    alpha: str = "white"
+    decoder: str = "pillow"
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Everything that decides the numbers of an embedding, and nothing else.
+
+    Two embeddings may be compared exactly when their specs are equal; `digest` is the short proof. Versions of
+    libraries, devices and batch sizes are not in it: they move numbers by rounding only.
+
+    Parameters
+    ----------
+    backbone : str
+        timm architecture, without a tag.
+    tag : str
+        timm's tag of the pretrained weights, or an empty string for weights from a file.
+    arch_kwargs : mapping
+        Keyword arguments of the architecture, JSON values only.
+    weights_sha256 : str
+        Over the backbone's tensors in name order, so the same weights in another file format agree.
+    pool : str
+        "default" for the model's own pooling, or avg, max, cls, flatten.
+    dim : int
+        Width of the embedding, measured by a forward pass.
+    preprocessing : Preprocessing
+        How images become pixels.
+    precision : str
+        Number format of the forward pass.
+
+    Examples
+    --------
+    >>> from embedkit import EmbeddingSpec
+    >>> spec = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=512)
+    >>> spec == EmbeddingSpec.from_dict(spec.to_dict())
+    True
+    >>> len(spec.digest)
+    64
+    """
+
+    backbone: str
+    weights_sha256: str
+    dim: int
+    tag: str = ""
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    pool: str = "default"
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    precision: str = "float32"
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the spec's canonical JSON, as 64 hexadecimal digits."""
+        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as JSON values."""
+        values: dict[str, Any] = json.loads(canonical_json(dataclasses.asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EmbeddingSpec:
+        """Build a spec from what `to_dict` returned.
+
+        Raises
+        ------
+        StoreFormatError
+            When fields are missing, unknown or of the wrong type. The values may come from a stranger's file.
+        """
+        try:
+            pixels = dict(values["preprocessing"])
+            for name in ("img_size", "mean", "std"):
+                pixels[name] = tuple(pixels[name])
+            spec = cls(**{**values, "preprocessing": Preprocessing(**pixels)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreFormatError(f"the embedding spec is incomplete or has unknown fields: {error}") from error
+        if not isinstance(spec.dim, int) or not isinstance(spec.backbone, str):
+            raise StoreFormatError(
+                "the embedding spec has fields of the wrong type: dim must be an integer, backbone text"
+            )
+        return spec
+
+    def differences(self, other: EmbeddingSpec) -> dict[str, tuple[Any, Any]]:
+        """Return ``{field: (own, other's)}`` for every field that differs."""
+        left, right = _flat(self.to_dict()), _flat(other.to_dict())
+        names = sorted(left.keys() | right.keys())
+        return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
+
+    def require_same(self, other: EmbeddingSpec, message: str) -> None:
+        """Raise unless `other` equals this spec.
+
+        Parameters
+        ----------
+        other : EmbeddingSpec
+            The spec to compare with.
+        message : str
+            What was about to be compared; it opens the error.
+
+        Raises
+        ------
+        SpecMismatchError
+            Naming every field that differs.
+        """
+        if self.digest != other.digest:
+            raise SpecMismatchError(message, self.differences(other))
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, ASCII only, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

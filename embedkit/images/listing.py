@@ -1,0 +1,176 @@
+"""Which images lie below a folder, what they are called, and what their classes are."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedkit.errors import ImageError
+
+SUFFIXES = (
+    ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm",
+    ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image to read: its id, its path for the operating system, and its class where it has one."""
+
+    id: str
+    path: str
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What `list_images` found.
+
+    Attributes
+    ----------
+    root : Path
+        The folder.
+    files : list of ImageFile
+        Sorted by the bytes of their ids.
+    classes : list of str
+        Sorted; empty when the folder has no class folders.
+    failures : list of (str, str)
+        Id and reason of what is called like an image and cannot be one.
+    ignored : int
+        Files that are not called like images, or are hidden.
+    """
+
+    root: Path
+    files: list[ImageFile]
+    classes: list[str]
+    failures: list[tuple[str, str]]
+    ignored: int
+
+
+def list_images(root: str | os.PathLike[str]) -> Listing:
+    """List the images below a folder without opening any.
+
+    Names decide: see `SUFFIXES`. Hidden files are left out, links are followed, and a link back to a folder above
+    itself is not followed again. When no image lies in the folder itself, an image's class is the first folder below
+    it, so ``a/cat`` and ``b/cat`` are never taken for one class: theirs are ``a`` and ``b``.
+
+    Parameters
+    ----------
+    root : path-like
+        The folder.
+
+    Returns
+    -------
+    Listing
+        Sorted by the bytes of the ids.
+
+    Raises
+    ------
+    ImageError
+        When there is no such folder, or no image in it.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from embedkit.images import list_images
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> (pathlib.Path(folder.name) / "cat").mkdir()
+    >>> (pathlib.Path(folder.name) / "cat" / "1.jpg").touch()
+    >>> [(file.id, file.label) for file in list_images(folder.name).files]
+    [('cat/1.jpg', 'cat')]
+    >>> folder.cleanup()
+    """
+    root = Path(root)
+    if not root.is_dir():
+        what = "is a file; name the folder that holds the images" if root.exists() else "no such folder: it is missing"
+        raise ImageError(os.fspath(root), what)
+    walk = _Walk()
+    walk.run(os.fspath(root))
+    ids = sorted(walk.paths, key=os.fsencode)
+    shaped = bool(ids) and all("/" in id for id in ids)
+    files = [ImageFile(id, walk.paths[id], id.partition("/")[0] if shaped else None) for id in ids]
+    failures = walk.failures + [
+        (folder, "a folder, not an image")
+        for folder in walk.image_named_folders
+        if not any(id.startswith(folder + "/") for id in ids)
+    ]
+    if not files and not failures:
+        raise ImageError(
+            os.fspath(root), f"no images in it ({walk.ignored:,} other files); images are called {' '.join(SUFFIXES)}"
+        )
+    classes = sorted({file.label for file in files if file.label is not None}, key=os.fsencode)
+    return Listing(root, files, classes, sorted(failures, key=lambda failure: os.fsencode(failure[0])), walk.ignored)
+
+
+class _Walk:
+    """A walk over a folder, with a stack of our own: folders may lie deeper than Python recurses."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
+        self.failures: list[tuple[str, str]] = []
+        self.image_named_folders: list[str] = []
+        self.ignored = 0
+
+    def run(self, root: str) -> None:
+        top = os.stat(root)
+        stack = [(root, "", ((top.st_dev, top.st_ino),))]
+        while stack:
+            folder, prefix, above = stack.pop()
+            try:
+                entries = list(os.scandir(folder))
+            except OSError as error:
+                self.failures.append((prefix.rstrip("/") or folder, f"the folder cannot be read: {error.strerror}"))
+                continue
+            for entry in entries:
+                if entry.name.startswith("."):
+                    self.ignored += 1
+                elif entry.is_dir():
+                    status = entry.stat()
+                    here = (status.st_dev, status.st_ino)
+                    if is_image_name(entry.name):
+                        self.image_named_folders.append(prefix + entry.name)
+                    if here not in above:
+                        stack.append((entry.path, f"{prefix}{entry.name}/", (*above, here)))
+                else:
+                    self._file(entry, prefix + entry.name)
+
+    def _file(self, entry: os.DirEntry[str], id: str) -> None:
+        if not is_image_name(entry.name):
+            self.ignored += 1
+        elif entry.is_file():
+            self.paths[id] = entry.path
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            self.failures.append((id, f"broken symbolic link to {os.readlink(entry.path)}"))
+        else:
+            kind = stat.filemode(os.stat(entry.path).st_mode)[0]
+            self.failures.append((id, f"not a regular file but a {_KINDS.get(kind, 'special file')}"))
+
+
+_KINDS = {"p": "named pipe", "s": "socket", "b": "device", "c": "device"}
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file of this name counts as an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def inside(root: str | os.PathLike[str], id: str) -> Path:
+    """Join an id from a stranger to a root, without ever leaving it.
+
+    Raises
+    ------
+    ImageError
+        When the id is absolute, climbs with ``..``, or holds a NUL.
+
+    Examples
+    --------
+    >>> from embedkit.images import inside
+    >>> inside("/photos", "cat/1.jpg").as_posix()
+    '/photos/cat/1.jpg'
+    """
+    parts = id.split("/")
+    if not id or "\0" in id or ".." in parts or os.path.isabs(id) or (os.name == "nt" and ("\\" in id or ":" in id)):
+        raise ImageError(id, "this id points out of its root")
+    return Path(root, *parts)

@@ -1,0 +1,215 @@
+"""Index: nearest neighbours over a store.
+
+An index is derived data: it knows the store's spec, and refuses a query that was embedded otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.backbones import Backbone
+from embedkit.errors import EmbeddingShapeError, ImageError
+from embedkit.images import inside
+from embedkit.store import Store
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One neighbour: its place (from 1), cosine similarity, row, id, class, and file where the root is known."""
+
+    rank: int
+    score: float
+    row: int
+    id: str
+    label: str | None
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Iterating gives one list of `Hit` for each query; for a single query it gives the hits themselves.
+
+    Attributes
+    ----------
+    scores : array of shape (q, k)
+        Cosine similarities, falling.
+    rows : array of shape (q, k)
+        Rows of the store.
+    """
+
+    scores: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.int64]
+    store: Store
+    single: bool = False
+
+    def hits(self, query: int = 0) -> list[Hit]:
+        """Return the neighbours of one query, best first."""
+        store, labels = self.store, self.store.labels
+        found = []
+        for rank, (score, row) in enumerate(zip(self.scores[query], self.rows[query], strict=True), start=1):
+            id, code = store.ids[row], -1 if labels is None else int(labels[row])
+            label = store.classes[code] if code >= 0 else None
+            found.append(Hit(rank, float(score), int(row), id, label, image_path(store, id)))
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.hits()) if self.single else (self.hits(query) for query in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.rows[0]) if self.single else len(self.rows)
+
+
+class Index:
+    """Exact cosine neighbours over a store, made by `Index.build`.
+
+    Attributes
+    ----------
+    store : Store
+        What is searched in.
+    """
+
+    store: Store
+
+    def __init__(self) -> None:
+        raise TypeError("build an index with Index.build(store)")
+
+    @classmethod
+    def build(cls, store: Store | str | os.PathLike[str], *, backbone: Backbone | None = None) -> Index:
+        """Build an exact index.
+
+        Parameters
+        ----------
+        store : Store or path-like
+            What to search in. Its rows are normalised to unit length in memory, 4 * n * d bytes.
+        backbone : Backbone, optional
+            What embeds queries that are images; by default the store's own, loaded when first needed.
+
+        Returns
+        -------
+        Index
+            Ready to search.
+
+        Raises
+        ------
+        SpecMismatchError
+            When `backbone` is not what made the store, naming the fields that differ.
+        StoreNotFoundError, StoreFormatError
+            As `Store.open`.
+
+        Examples
+        --------
+        >>> import embedkit as ek
+        >>> index = ek.Index.build("photos.h5")  # doctest: +SKIP
+        >>> [hit.id for hit in index.search("query.jpg", k=3)]  # doctest: +SKIP
+        ['beach/12.jpg', 'beach/7.jpg', 'sea/3.jpg']
+        """
+        index = cls.__new__(cls)
+        index.store = store if isinstance(store, Store) else Store.open(store)
+        if backbone is not None:
+            index.store.spec.require_same(backbone.spec, f"this backbone did not make {index.store.path}")
+            index.backbone = backbone
+        index._faiss = faiss.IndexFlatIP(index.store.dim)
+        for block in index.store.iter_blocks():
+            index._faiss.add(_unit(block))
+        return index
+
+    _faiss: Any
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """What embeds queries that are images: the store's own backbone."""
+        return Backbone.reload(self.store.spec, self.store.recipe)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def search(self, queries: Any, k: int = 10) -> SearchResult:
+        """Find the k nearest rows of each query by cosine similarity.
+
+        Parameters
+        ----------
+        queries : path, PIL image, array, vector, row, or a list of them
+            A path or image is embedded by the store's own backbone. An array of integers of shape (h, w, 3) is an
+            image; floats of shape (d,) or (q, d) are embeddings; an integer is a row of the store.
+        k : int, default 10
+            Neighbours; all rows when the store has fewer. A row of the store finds itself.
+
+        Returns
+        -------
+        SearchResult
+            With ``scores`` and ``rows`` of shape (q, k).
+
+        Raises
+        ------
+        ImageError
+            For a query that cannot be read.
+        EmbeddingShapeError
+            When vectors have another width than the store.
+        IndexError
+            When a row does not exist.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        vectors, single = self._embed(queries)
+        scores, rows = self._faiss.search(_unit(vectors), min(k, len(self)))
+        return SearchResult(scores, rows, self.store, single)
+
+    def _embed(self, queries: Any) -> tuple[npt.NDArray[np.float32], bool]:
+        if isinstance(queries, np.ndarray) and queries.ndim == 2 and queries.dtype.kind == "f":
+            return self._vectors(queries), False
+        if not isinstance(queries, list | tuple):
+            return self._embed_one(queries)[None], True
+        if queries and all(_is_image(query) for query in queries):
+            return self.backbone.embed(queries), False
+        rows = [self._embed_one(query) for query in queries]
+        return np.array(rows, dtype=np.float32).reshape(len(rows), self.store.dim), False
+
+    def _embed_one(self, query: Any) -> npt.NDArray[np.float32]:
+        if isinstance(query, int | np.integer):
+            if not 0 <= query < len(self):
+                raise IndexError(f"row {query} does not exist; {self.store.path} has {len(self)} rows")
+            row: npt.NDArray[np.float32] = self.store.rows([int(query)])[0]
+            return row
+        if _is_image(query):
+            embedding: npt.NDArray[np.float32] = self.backbone.embed(query)
+            return embedding
+        return self._vectors(np.asarray(query)[None])[0]
+
+    def _vectors(self, vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        if vectors.ndim != 2 or vectors.shape[1] != self.store.dim:
+            raise EmbeddingShapeError(
+                f"{self.store.path} holds embeddings of width {self.store.dim}, the query has shape {vectors.shape[1:]}"
+            )
+        if not np.isfinite(vectors).all():
+            raise EmbeddingShapeError("the query holds infinities or NaN; a cosine similarity needs finite numbers")
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def image_path(store: Store, id: str) -> Path | None:
+    """Return the file of an id, or None when the root is unknown or the id points out of it."""
+    try:
+        return None if store.root is None else inside(store.root, id)
+    except ImageError:
+        return None
+
+
+def _is_image(query: object) -> bool:
+    return not isinstance(query, int | np.integer) and (not isinstance(query, np.ndarray) or query.ndim > 1)
+
+
+def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return vectors of length 1; a zero vector stays zero and is similar to nothing."""
+    unit = np.array(vectors, dtype=np.float32, order="C")
+    faiss.normalize_L2(unit)
+    return unit

@@ -1,0 +1,83 @@
+"""One self-contained HTML page of queries and what a search found."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedkit.errors import ImageError
+from embedkit.images import read_image, thumbnail
+from embedkit.index.neighbours import Hit, SearchResult
+from embedkit.text import printable
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8889; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+h1 { font-size: 1.3rem; margin: 0; overflow-wrap: anywhere; }
+header p { margin: .2rem 0 2rem; opacity: .7; overflow-wrap: anywhere; }
+section { border-top: 1px solid var(--line); padding: 1.2rem 0; display: grid; gap: 1.5rem;
+  grid-template-columns: 200px 1fr; }
+ol { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); list-style: none;
+  margin: 0; padding: 0; }
+figure { margin: 0; }
+img, .missing { width: 100%; aspect-ratio: 1; object-fit: contain; background: #8881; border-radius: 6px; }
+.missing { display: grid; place-items: center; font-size: .8rem; opacity: .7; text-align: center; }
+figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+figcaption b { font-variant-numeric: tabular-nums; }
+figcaption small { display: block; opacity: .7; }
+@media (max-width: 40rem) { section { grid-template-columns: 1fr; } }
+"""
+
+
+def search_page(result: SearchResult, queries: Sequence[tuple[str, Path | None]], *, size: int = 224) -> str:
+    """Return a page with each query's picture beside the pictures it found, with their scores.
+
+    Parameters
+    ----------
+    result : SearchResult
+        What `Index.search` returned for `queries`.
+    queries : sequence of (str, path or None)
+        What each query is called, and its file.
+    size : int, default 224
+        Longest side of a thumbnail, in pixels.
+
+    Returns
+    -------
+    str
+        HTML that needs no other file and asks no network. An image that has gone since is shown as missing.
+    """
+    store = result.store
+    sections = "".join(
+        f"<section><figure>{_picture(path, size)}<figcaption><b>query</b> {_text(name)}</figcaption></figure>"
+        f"<ol>{''.join(_hit(hit, size) for hit in result.hits(number))}</ol></section>\n"
+        for number, (name, path) in enumerate(queries)
+    )
+    title = f"{len(queries)} {'query' if len(queries) == 1 else 'queries'} in {_text(store.path.name)}"
+    facts = f"{len(store):,} images, {_text(store.spec.backbone)}, {store.dim} wide, cosine similarity, exact"
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n'
+        f"<header><h1>{title}</h1><p>{facts}</p></header>\n{sections}</html>\n"
+    )
+
+
+def _hit(hit: Hit, size: int) -> str:
+    label = f" {_text(hit.label)}" if hit.label is not None else ""
+    caption = f"<b>{hit.score:.4f}</b>{label}<small>{_text(hit.id)}</small>"
+    return f"<li><figure>{_picture(hit.path, size)}<figcaption>{caption}</figcaption></figure></li>"
+
+
+def _picture(path: Path | None, size: int) -> str:
+    if path is None:
+        return '<div class="missing">no file is known</div>'
+    try:
+        data = base64.b64encode(thumbnail(read_image(path), size)).decode()
+    except ImageError as error:
+        return f'<div class="missing">{_text(error.reason)}</div>'
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))

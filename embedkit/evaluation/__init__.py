@@ -1,0 +1,6 @@
+"""Evaluation: what embeddings are worth, measured by fixed protocols over stores."""
+
+from embedkit.evaluation.probing import PROTOCOLS, Protocol, probe
+from embedkit.evaluation.reports import Report
+
+__all__ = ["PROTOCOLS", "Protocol", "Report", "probe"]

@@ -1,0 +1,171 @@
+"""The commands. A body imports what it needs when it runs, so that --help costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from embedkit.cli import printing
+from embedkit.cli.options import FILE, backbone_options, device_option, json_option, quiet_option
+
+
+@click.command()
+@click.argument("images", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The store to make, such as photos.h5.")
+@click.option("-m", "--model", required=True, help="timm name, weight file, JSON sidecar, or folder with one.")
+@backbone_options
+@device_option
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images a pass.")
+@click.option("-j", "--workers", type=click.IntRange(1), help="Decoding threads.  [default: one a processor]")
+@click.option("--overwrite", is_flag=True, help="Replace a store that exists.")
+@json_option
+@quiet_option
+@click.pass_context
+def extract(
+    ctx: click.Context,
+    /,
+    images: Path,
+    output: Path,
+    model: str,
+    device: str,
+    batch_size: int,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **backbone_arguments: Any,
+) -> None:
+    """Embed every image below the folder IMAGES into one store.
+
+    When no image lies in IMAGES itself, the first folder below it is each image's class. An image that cannot be read
+    is recorded with its reason and never replaced; the exit code is then 3.
+    """
+    from embedkit.backbones import Backbone
+    from embedkit.extraction import extract as extract_images
+
+    started = time.perf_counter()
+    backbone = Backbone.load(model, device=device, **backbone_arguments)
+    printing.notice(f"backbone: {backbone.description}", quiet)
+    with printing.ImageBar(quiet) as bar:
+        store = extract_images(
+            images, output, backbone, batch_size=batch_size, workers=workers, overwrite=overwrite, progress=bar.update
+        )
+    seconds = time.perf_counter() - started
+    printing.failures(store, quiet)
+    if as_json:
+        rate = round(bar.images_per_second, 2)
+        click.echo(json.dumps({**store.summary(), "seconds": round(seconds, 3), "images_per_second": rate}))
+    else:
+        click.echo(printing.extraction_line(store, seconds, bar.images_per_second))
+    ctx.exit(3 if store.failures else 0)
+
+
+@click.command()
+@click.argument("store", type=FILE)
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """Say what STORE holds and what produced it."""
+    from embedkit.store import Store
+
+    summary = Store.open(store).summary()
+    click.echo(json.dumps(summary) if as_json else printing.info_text(summary))
+
+
+@click.command()
+@click.argument("store", type=FILE)
+@click.argument("queries", type=FILE, nargs=-1, metavar="[QUERY]...")
+@click.option("--id", "ids", multiple=True, metavar="ID", help="Search with a row of the store; may be repeated.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours of each query.")
+@click.option("-m", "--model", help="Where the store's backbone is now, when it has moved.")
+@device_option
+@json_option
+@click.option("-p", "--plain", is_flag=True, help="Print paths only, one a line.")
+@click.option("--html", "page", type=FILE, metavar="PAGE", help="Write one self-contained page with pictures.")
+def search(
+    store: Path,
+    queries: tuple[Path, ...],
+    ids: tuple[str, ...],
+    k: int,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    plain: bool,
+    page: Path | None,
+) -> None:
+    """Find the images in STORE that are most like each QUERY.
+
+    A QUERY is an image file. It is embedded by the store's own backbone and compared with every row by cosine
+    similarity, exactly.
+    """
+    from embedkit.backbones import Backbone
+    from embedkit.index import Index, image_path, search_page
+
+    if not queries and not ids:
+        raise click.UsageError("name an image to search with, or a row with --id")
+    index = Index.build(store)
+    if queries and (model is not None or device != "auto"):
+        index.backbone = Backbone.reload(index.store.spec, index.store.recipe, model=model, device=device)
+    rows = [printing.row_of(index.store, id) for id in ids]
+    result = index.search([*queries, *rows], k)
+    named: list[tuple[str, Path | None]] = [(os.fspath(query), query) for query in queries]
+    named += [(id, image_path(index.store, id)) for id in ids]
+    printing.search_result(result, [name for name, _ in named], as_json=as_json, plain=plain)
+    if page is not None:
+        page.write_text(search_page(result, named), encoding="utf-8")
+        printing.notice(f"page: {page}")
+
+
+@click.command()
+@click.argument("train", type=FILE)
+@click.argument("test", type=FILE, required=False)
+@click.option("--split", type=FILE, help="CSV with the columns path and split (and perhaps label), for one store.")
+@click.option("--train-split", default="train", show_default=True, help="What --split calls the rows to fit.")
+@click.option("--test-split", help="What it calls the rows to score.  [default: test, else val]")
+@click.option("--protocol", default="default", show_default=True, help="How to fit and score.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the held-out part and the bootstrap.")
+@json_option
+@quiet_option
+def probe(
+    train: Path,
+    test: Path | None,
+    split: Path | None,
+    train_split: str,
+    test_split: str | None,
+    protocol: str,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fit a linear probe and a k-NN on the store TRAIN and score them on the store TEST.
+
+    With --split, one store is both. Hyper-parameters are chosen on a held-out part of the training rows; the test
+    rows are scored once.
+    """
+    from embedkit.evaluation import probe as probe_stores
+
+    report = probe_stores(
+        train, test, split=split, protocol=protocol, seed=seed, train_split=train_split, test_split=test_split,
+        progress=lambda line: printing.notice(line, quiet),
+    )  # fmt: skip
+    click.echo(json.dumps(report.to_dict()) if as_json else report.to_text())
+
+
+@click.command()
+@click.argument("pattern", required=False)
+@json_option
+@quiet_option
+def models(pattern: str | None, as_json: bool, quiet: bool) -> None:
+    """List timm's pretrained models.
+
+    PATTERN is a part of the name, or has * and ?. With it, parameters and embedding width are counted as well.
+    """
+    from embedkit.backbones import list_models
+
+    with printing.CountBar(quiet or pattern is None) as bar:
+        found = list_models(pattern, progress=bar.update)
+    printing.model_table(found, as_json=as_json)

@@ -1,0 +1,41 @@
+"""The command group: what every command has in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from embedkit import __version__
+from embedkit.cli.commands import extract, info, models, probe, search
+from embedkit.errors import EmbedkitError
+from embedkit.text import printable
+
+
+class _Group(click.Group):
+    """Turns our errors into one message and exit code 1, and Ctrl-C into exit code 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EmbedkitError as error:
+            for line in f"error: {error}".splitlines():
+                click.echo(printable(line), err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; a store appears only when it is whole", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="embedkit")
+def main() -> None:
+    """Turn folders of images into embeddings, and make them useful.
+
+    Results go to standard output, progress and notices to standard error. Exit codes: 0 done, 1 a named error, 2 wrong
+    usage, 3 finished but some images failed.
+    """
+
+
+for _command in (extract, info, search, probe, models):
+    main.add_command(_command)

@@ -1,0 +1,188 @@
+"""What people and programs read: progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from embedkit.text import printable
+
+if TYPE_CHECKING:
+    from embedkit.backbones import ModelInfo
+    from embedkit.extraction import Progress
+    from embedkit.index import SearchResult
+    from embedkit.store import Store
+
+SHOWN_FAILURES = 10
+SHOWN_CLASSES = 30
+
+
+def notice(line: str, quiet: bool = False) -> None:
+    """Print one line for people on standard error."""
+    if not quiet:
+        click.echo(printable(line), err=True)
+
+
+class CountBar:
+    """A progress bar on standard error; a file or pipe there gets a line now and then."""
+
+    unit = " models"
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if self._bar is None:
+            interval = 0.1 if sys.stderr.isatty() else 10.0
+            self._bar = tqdm(
+                total=total, unit=self.unit, disable=self.quiet, mininterval=interval, maxinterval=interval,
+                dynamic_ncols=True, smoothing=0.1,
+            )  # fmt: skip
+        self._bar.update(done - self._bar.n)
+
+
+class ImageBar(CountBar):
+    """The bar of an extraction, which also measures it."""
+
+    unit = " images"
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(quiet)
+        self._started = time.perf_counter()
+        self.images_per_second = 0.0
+
+    def update(self, progress: Progress) -> None:  # type: ignore[override]
+        """Show how far an extraction is."""
+        super().update(progress.done, progress.total)
+        self.images_per_second = progress.done / max(1e-9, time.perf_counter() - self._started)
+        if progress.failed and self._bar is not None:
+            self._bar.set_postfix_str(f"{progress.failed} failed", refresh=False)
+
+
+def failures(store: Store, quiet: bool) -> None:
+    """Print the first failures of a store on standard error."""
+    for failure in store.failures[:SHOWN_FAILURES]:
+        notice(f"failed: {printable(failure.id)}: {printable(failure.error)}", quiet)
+    more = len(store.failures) - SHOWN_FAILURES
+    if more > 0:
+        notice(f"... and {more:,} more; all of them: embedkit info {store.path}", quiet)
+
+
+def extraction_line(store: Store, seconds: float, images_per_second: float) -> str:
+    """Return the one line that sums up an extraction."""
+    parts = [f"{len(store):,} images x {store.dim} {store.dtype.name}"]
+    if store.classes:
+        parts.append(f"{len(store.classes)} classes")
+    parts.append(f"{len(store.failures):,} failed")
+    parts.append(f"{seconds:.1f} s ({images_per_second:.1f} images/s)")
+    return f"{printable(os.fspath(store.path))}: {', '.join(parts)}"
+
+
+def info_text(summary: dict[str, Any]) -> str:
+    """Return what `embedkit info` shows to people."""
+    spec, information = summary["spec"], summary["information"]
+    name = f"{spec['backbone']}.{spec['tag']}".rstrip(".")
+    lines = [
+        f"{printable(summary['path'])}",
+        f"  rows       {summary['rows']:,} x {summary['dim']} {summary['dtype']} ({summary['bytes'] / 1e6:,.1f} MB)",
+        f"  backbone   {printable(name)}",
+        f"  made       {printable(str(information.get('created', 'unknown')))}",
+        f"  root       {printable(str(information.get('root', 'unknown')))}",
+        f"  digest     {summary['digest']}",
+        f"  content    {summary['content_id']}",
+        *_class_lines(summary["classes"]),
+        *_failure_lines(summary["failures"]),
+        "  spec",
+        *(f"    {field:<27}{printable(json.dumps(value))}" for field, value in _flat(spec)),
+        "  read it without embedkit",
+        "    import h5py",
+        f"    file = h5py.File({printable(os.path.basename(summary['path']))!r}, 'r')",
+        "    ids = file['ids'].asstr()[:]",
+        "    embeddings = file['embeddings'][:]  # row i is ids[i]",
+    ]
+    return "\n".join(lines)
+
+
+def _class_lines(classes: dict[str, int]) -> list[str]:
+    if not classes:
+        return ["  classes    none"]
+    lines = [f"  classes    {len(classes)}"]
+    lines += [f"    {count:>9,}  {printable(name)}" for name, count in list(classes.items())[:SHOWN_CLASSES]]
+    more = len(classes) - SHOWN_CLASSES
+    return [*lines, f"    ... and {more} more (--json has all)"] if more > 0 else lines
+
+
+def _failure_lines(failed: list[dict[str, str]]) -> list[str]:
+    lines = [f"  failures   {len(failed):,}"]
+    return lines + [f"    {printable(failure['id'])}: {printable(failure['error'])}" for failure in failed]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        flat += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+    return flat
+
+
+def row_of(store: Store, id: str) -> int:
+    """Return the row of an id, or say how to find ids."""
+    try:
+        return store.index_of(id)
+    except KeyError:
+        raise click.UsageError(
+            f"{store.path} has no id {id!r}; ids are paths relative to the folder, such as {store.ids[:1]}"
+        ) from None
+
+
+def search_result(result: SearchResult, names: Sequence[str], *, as_json: bool, plain: bool) -> None:
+    """Print neighbours: a table, JSON lines, or paths."""
+    for number, name in enumerate(names):
+        hits = result.hits(number)
+        if plain:
+            for hit in hits:  # As bytes: a path is printed as it is, whatever it holds.
+                click.echo(os.fsencode(hit.path or hit.id))
+        elif as_json:
+            for hit in hits:
+                values = dataclasses.asdict(hit) | {"path": None if hit.path is None else os.fspath(hit.path)}
+                click.echo(json.dumps({"query": name, **values}))
+        else:
+            width = max([len(hit.label or "") for hit in hits], default=0)
+            click.echo(f"{printable(name)}")
+            for hit in hits:
+                click.echo(
+                    f"{hit.rank:>4}  {hit.score:.4f}  {printable(hit.label or ''):<{width}}  {printable(hit.id)}"
+                )
+
+
+def model_table(models: Sequence[ModelInfo], *, as_json: bool) -> None:
+    """Print models: a table or JSON lines."""
+    if as_json:
+        for model in models:
+            click.echo(json.dumps(dataclasses.asdict(model)))
+        return
+    width = max(len(model.name) for model in models)
+    click.echo(f"{'name':<{width}}  {'parameters':>11}  {'pixels':>6}  {'width':>5}")
+    for model in models:
+        parameters = "-" if model.parameters is None else f"{model.parameters / 1e6:.1f} M"
+        click.echo(f"{model.name:<{width}}  {parameters:>11}  {model.img_size or '-':>6}  {model.dim or '-':>5}")

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import embedkit as ek
+from embedkit.cli import main
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [os.fspath(part) if isinstance(part, Path) else str(part) for part in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def store(photos: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "photos.h5"
+    run("extract", photos, "-o", path, "-m", tiny_backbone)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("extract", ek.extract),
+        ("extract", ek.Backbone.load),
+        ("search", ek.Index.search),
+        ("probe", ek.probe),
+        ("models", ek.list_models),
+    ],
+)
+def test_defaults_are_those_of_the_function(command: str, function: Callable[..., Any]) -> None:
+    signature = inspect.signature(function).parameters
+    compared = 0
+    for option in main.commands[command].params:
+        if isinstance(option, click.Option) and option.name in signature and not option.required:
+            default = option.get_default(click.Context(main.commands[command]))
+            empty = default in (None, ()) or "UNSET" in repr(default).upper()
+            assert (None if empty else default) == signature[option.name].default, option.name
+            compared += 1
+    assert compared or command == "models"
+
+
+def test_extract_prints_one_line_and_keeps_progress_apart(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    result = run("extract", photos, "-o", tmp_path / "s.h5", "-m", tiny_backbone)
+    assert result.stdout.count("\n") == 1
+    assert "24 images x 96 float32, 2 classes, 0 failed" in result.stdout and "images/s" in result.stdout
+    assert "backbone: test_resnet" in result.stderr and "24/24" in result.stderr
+    quiet = run("extract", photos, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "--overwrite", "-q")
+    assert quiet.stderr == ""
+
+
+def test_extract_passes_every_option_on(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "x.safetensors"
+    shutil.copy(tiny_backbone.with_suffix(".safetensors"), weights)
+    result = run(
+        "extract", photos, "-o", tmp_path / "s.h5", "-m", weights, "--arch", "test_resnet", "--arch-kwargs",
+        "drop_rate=0.0", "--img-size", "48,64", "--crop-pct", "0.8", "--crop-mode", "squash", "--interpolation",
+        "lanczos", "--mean", "0.5", "--std", "0.1,0.2,0.3", "--pool", "max", "--no-exif", "--device", "cpu", "-b", 5,
+        "-j", 1, "--json",
+    )  # fmt: skip
+    spec = json.loads(result.stdout)["spec"]
+    assert spec["pool"] == "max" and spec["arch_kwargs"] == {"drop_rate": 0.0}
+    assert spec["preprocessing"] == {
+        "img_size": [48, 64], "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "lanczos",
+        "mean": [0.5, 0.5, 0.5], "std": [0.1, 0.2, 0.3], "exif": False, "alpha": "white", "decoder": "pillow",
+    }  # fmt: skip
+
+
+def test_exit_codes_tell_some_failures_from_all(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos / "cat", root)
+    (root / "bad\x1b[31m.jpg").write_text("no")
+    result = run("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, code=3)
+    assert "1 failed" in result.stdout
+    assert r"failed: bad\x1b[31m.jpg: not an image" in result.stderr and "\x1b[31m" not in result.output
+    info = run("info", tmp_path / "s.h5")
+    assert r"bad\x1b[31m.jpg" in info.stdout and "\x1b" not in info.stdout
+    shutil.rmtree(root)
+    root.mkdir()
+    (root / "bad.jpg").write_text("no")
+    result = run("extract", root, "-o", tmp_path / "t.h5", "-m", tiny_backbone, code=1)
+    assert "none of its 1 images could be read" in result.stderr and not (tmp_path / "t.h5").exists()
+
+
+def test_errors_are_one_message_without_a_traceback(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for message, arguments in [
+        ("missing.h5 does not exist", ["info", tmp_path / "missing.h5"]),
+        ("no such folder", ["extract", tmp_path / "missing", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
+        ("no images", ["extract", tmp_path / "empty", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
+        ("did you mean", ["extract", tmp_path, "-o", tmp_path / "s.h5", "-m", "resnet5O"]),
+        ("the file is missing", ["search", store, tmp_path / "missing.jpg"]),
+        ("not an embedkit store", ["info", _foreign(tmp_path)]),
+        ("no timm model matches", ["models", "nothing-like-it"]),
+        ("split", ["probe", store, "--split", tmp_path / "missing.csv"]),
+    ]:
+        result = run(*arguments, code=1)
+        assert result.stderr.startswith(("error: ", "backbone: ")) and message in result.stderr, result.stderr
+        assert "Traceback" not in result.output
+    assert "name an image to search with" in run("search", store, code=2).stderr
+    assert "has no id 'nope'" in run("search", store, "--id", "nope", code=2).stderr
+    assert "exists already" in run("extract", tmp_path, "-o", store, "-m", tiny_backbone, code=1).stderr
+
+
+def _foreign(folder: Path) -> Path:
+    import h5py
+
+    with h5py.File(folder / "foreign.h5", "w") as file:
+        file["features"] = [1.0]
+    return folder / "foreign.h5"
+
+
+def test_info_counts_and_shows_how_to_read_the_file(store: Path) -> None:
+    text = run("info", store).stdout
+    for part in ("24 x 96 float32", "12  cat", "12  dog", "failures   0", "import h5py", "weights_sha256"):
+        assert part in text
+    values = json.loads(run("info", store, "--json").stdout)
+    assert (values["rows"], values["dim"], values["classes"]) == (24, 96, {"cat": 12, "dog": 12})
+    assert values["digest"] == ek.Store.open(store).digest
+
+
+def test_search_prints_a_table_json_lines_or_paths(store: Path, photos: Path, tmp_path: Path) -> None:
+    query = photos / "cat" / "1.jpg"
+    table = run("search", store, query, "-k", 3).stdout.splitlines()
+    assert len(table) == 4 and "1.0000  cat  cat/1.jpg" in table[1]
+    lines = [
+        json.loads(line)
+        for line in run("search", store, query, "--id", "dog/2.jpg", "-k", 2, "--json").stdout.splitlines()
+    ]
+    assert [(line["query"], line["rank"]) for line in lines] == [
+        (str(query), 1), (str(query), 2), ("dog/2.jpg", 1), ("dog/2.jpg", 2),
+    ]  # fmt: skip
+    assert (
+        lines[2]["id"] == "dog/2.jpg" and lines[2]["label"] == "dog" and lines[2]["path"] == str(photos / "dog/2.jpg")
+    )
+    plain = run("search", store, "--id", "dog/2.jpg", "-k", 2, "--plain").stdout.splitlines()
+    assert plain[0] == str(photos / "dog" / "2.jpg") and len(plain) == 2
+    run("search", store, query, "-k", 3, "--html", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<img") == 4
+
+
+def test_a_store_whose_weights_moved_says_so_and_takes_the_new_place(
+    photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_backbone.parent, tmp_path / "old")
+    run("extract", photos, "-o", tmp_path / "s.h5", "-m", tmp_path / "old" / "tiny.json")
+    (tmp_path / "old").rename(tmp_path / "new")
+    query = photos / "dog" / "1.jpg"
+    assert "-m MODEL" in run("search", tmp_path / "s.h5", query, code=1).stderr
+    assert "dog/1.jpg" in run("search", tmp_path / "s.h5", query, "-m", tmp_path / "new" / "tiny.json").stdout
+
+
+def test_search_refuses_another_backbone_and_names_the_fields(store: Path, photos: Path, hub_cache: str) -> None:
+    result = run("search", store, photos / "cat" / "1.jpg", "-m", hub_cache, code=1)
+    assert "backbone: 'test_resnet' != 'mobilenetv3_small_050'" in result.stderr and "weights_sha256" in result.stderr
+
+
+def test_probe_prints_a_report_or_one_json_object(store: Path, tmp_path: Path) -> None:
+    rows = [f"{kind}/{n}.jpg,{'train' if n <= 8 else 'val'}" for kind in ("cat", "dog") for n in range(1, 13)]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *rows]))
+    assert "linear top1" in run("probe", store, "--split", tmp_path / "split.csv").stdout
+    values = json.loads(run("probe", store, "--split", tmp_path / "split.csv", "--json").stdout)
+    assert values["metrics"]["top1"] == 1.0 and len(values["metrics"]["top1_interval"]) == 2
+
+
+def test_models_lists_what_matches() -> None:
+    lines = run("models", "resnet18.a1_in1k").stdout.splitlines()
+    assert lines[0].split() == ["name", "parameters", "pixels", "width"]
+    assert lines[1].split() == ["resnet18.a1_in1k", "11.2", "M", "224", "512"]
+    value = json.loads(run("models", "resnet18.a1_in1k", "--json").stdout)
+    assert value == {"name": "resnet18.a1_in1k", "parameters": 11176512, "img_size": 224, "dim": 512}
+    assert run("models").stdout.count("\n") > 1000
+
+
+def test_names_that_are_not_utf8_pass_through_a_pipe_unchanged(
+    photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    root = os.fsencode(tmp_path / "odd")
+    os.mkdir(root)
+    shutil.copy(photos / "cat" / "1.jpg", os.path.join(root, b"caf\xe9.jpg"))
+    command = [sys.executable, "-m", "embedkit"]
+    subprocess.run([*command, "extract", tmp_path / "odd", "-o", tmp_path / "s.h5", "-m", tiny_backbone], check=True)
+    done = subprocess.run(
+        [*command, "search", tmp_path / "s.h5", "--id", b"caf\xe9.jpg", "--plain"], check=True, stdout=-1
+    )
+    assert done.stdout == os.path.join(root, b"caf\xe9.jpg\n")
+    table = subprocess.run([*command, "search", tmp_path / "s.h5", "--id", b"caf\xe9.jpg"], check=True, stdout=-1)
+    assert b"caf\\udce9.jpg" in table.stdout
+
+
+def test_ctrl_c_leaves_nothing_and_exits_with_130(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    import signal
+
+    root = tmp_path / "many"
+    root.mkdir()
+    for number in range(3000):
+        os.link(photos / "cat" / "1.jpg", root / f"{number}.jpg")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "embedkit", "extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "-j", "1"],
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert process.stderr is not None
+    while b"images/s" not in process.stderr.read(1000):  # until the bar appears, after the first batch
+        pass
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate()
+    assert process.returncode == 130 and b"interrupted" in rest and b"Traceback" not in rest
+    assert sorted(os.listdir(tmp_path)) == ["many"]

@@ -18,7 +18,7 @@ from embedkit.backbones.loading import Source, build, resolve, weights_sha256
 from embedkit.backbones.pooling import POOLS, pooled
 from embedkit.backbones.streaming import stream
 from embedkit.backbones.timm_import import import_timm
-from embedkit.errors import BackboneError
+from embedkit.errors import BackboneError, ImageError
 from embedkit.images import CROP_MODES, INTERPOLATIONS, crop, read_image
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
@@ -270,7 +270,12 @@ class Backbone:
         ImageError
             When it cannot be read.
         """
-        return crop(read_image(source, id=id, exif=self.preprocessing.exif), self.preprocessing)
+        image = read_image(source, id=id, exif=self.preprocessing.exif)
+        try:
+            return crop(image, self.preprocessing)
+        except ImageError as error:  # The crop knows pixels only, not whose they are.
+            name = id or (os.fspath(source) if isinstance(source, str | os.PathLike) else error.id)
+            raise ImageError(name, error.reason) from error
 
     def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]], *, checked: bool = True) -> npt.NDArray[np.float32]:
         """Embed crops that `pixels` made, in one forward pass.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ Image.init()
 # Without EPS, PDF and WMF, which run other programs, and formats that Pillow only half knows. MPO comes with JPEG.
 _WANTED = {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
 FORMATS = tuple(sorted(_WANTED & Image.OPEN.keys()))
+# Pillow warns of large images and odd EXIF blocks in the middle of decoding; here an image is read or it is not. A
+# filter for the whole process, because warnings.catch_warnings is not safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB is a bomb or a mistake.
 _ORIENTATION = 0x0112
 
@@ -51,7 +57,7 @@ def read_image(source: Any, *, id: str | None = None, exif: bool = True) -> Imag
     id : str, optional
         What an error calls the image; by default its path.
     exif : bool, default True
-        Whether the EXIF orientation is applied.
+        Whether the EXIF orientation is applied. A TIFF's own orientation always is: Pillow does that while it decodes.
 
     Returns
     -------

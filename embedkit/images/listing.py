@@ -91,17 +91,21 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
     ids = sorted(walk.paths, key=os.fsencode)
     shaped = bool(ids) and all("/" in id for id in ids)
     files = [ImageFile(id, walk.paths[id], id.partition("/")[0] if shaped else None) for id in ids]
-    failures = walk.failures + [
-        (folder, "a folder, not an image")
-        for folder in walk.image_named_folders
-        if not any(id.startswith(folder + "/") for id in ids)
-    ]
+    failures = walk.failures + _barren(walk.image_named_folders, ids)
     if not files and not failures:
         raise ImageError(
             os.fspath(root), f"no images in it ({walk.ignored:,} other files); images are called {' '.join(SUFFIXES)}"
         )
     classes = sorted({file.label for file in files if file.label is not None}, key=os.fsencode)
     return Listing(root, files, classes, sorted(failures, key=lambda failure: os.fsencode(failure[0])), walk.ignored)
+
+
+def _barren(folders: list[str], ids: list[str]) -> list[tuple[str, str]]:
+    """Return, as failures, the folders called like images that hold none."""
+    if not folders:
+        return []
+    holding = {id[:end] for id in ids for end, sign in enumerate(id) if sign == "/"}
+    return [(folder, "a folder, not an image") for folder in folders if folder not in holding]
 
 
 class _Walk:
@@ -115,7 +119,7 @@ class _Walk:
 
     def run(self, root: str) -> None:
         top = os.stat(root)
-        stack = [(root, "", ((top.st_dev, top.st_ino),))]
+        stack: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(root, "", ((top.st_dev, top.st_ino),))]
         while stack:
             folder, prefix, above = stack.pop()
             try:
@@ -126,7 +130,7 @@ class _Walk:
             for entry in entries:
                 if entry.name.startswith("."):
                     self.ignored += 1
-                elif entry.is_dir():
+                elif _is_folder(entry):
                     status = entry.stat()
                     here = (status.st_dev, status.st_ino)
                     if is_image_name(entry.name):
@@ -139,13 +143,20 @@ class _Walk:
     def _file(self, entry: os.DirEntry[str], id: str) -> None:
         if not is_image_name(entry.name):
             self.ignored += 1
-        elif entry.is_file():
-            self.paths[id] = entry.path
         elif entry.is_symlink() and not os.path.exists(entry.path):
             self.failures.append((id, f"broken symbolic link to {os.readlink(entry.path)}"))
+        elif entry.is_file():
+            self.paths[id] = entry.path
         else:
             kind = stat.filemode(os.stat(entry.path).st_mode)[0]
             self.failures.append((id, f"not a regular file but a {_KINDS.get(kind, 'special file')}"))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # A link to itself.
 
 
 _KINDS = {"p": "named pipe", "s": "socket", "b": "device", "c": "device"}

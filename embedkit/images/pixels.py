@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from embedkit.errors import ImageError
+from embedkit.images.decoding import MAX_PIXELS
 from embedkit.spec import Preprocessing
 
 INTERPOLATIONS = {
@@ -36,6 +39,11 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     array of shape (h, w, 3)
         uint8, with (h, w) == `preprocessing.img_size`.
 
+    Raises
+    ------
+    ImageError
+        When an image is so long and thin that its resized form would not fit into memory.
+
     Examples
     --------
     >>> from PIL import Image
@@ -52,14 +60,18 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
         size = scaled
     elif preprocessing.crop_mode == "border":
         size = _kept_ratio(image, scaled, max)
-        fill = tuple(round(255 * value) for value in preprocessing.mean)  # type: ignore[assignment]
+        red, green, blue = preprocessing.mean
+        fill = (round(255 * red), round(255 * green), round(255 * blue))
     elif scaled[0] == scaled[1]:
         size = _short_side(image, scaled[0])
     else:
         size = _kept_ratio(image, scaled, min)
+    if size[0] * size[1] > MAX_PIXELS:
+        shape = f"{image.width} x {image.height}"
+        raise ImageError("image", f"too long and thin: {shape} pixels would become {size[1]} x {size[0]}")
     if (image.height, image.width) != size:
         image = image.resize((size[1], size[0]), INTERPOLATIONS[preprocessing.interpolation])
-    return _centred(np.asarray(image), target, fill, border=preprocessing.crop_mode == "border")
+    return _centred(np.asarray(image), target, fill)
 
 
 def _short_side(image: Image.Image, side: int) -> tuple[int, int]:
@@ -68,28 +80,29 @@ def _short_side(image: Image.Image, side: int) -> tuple[int, int]:
     return (long_side, side) if width <= height else (side, long_side)
 
 
-def _kept_ratio(image: Image.Image, scaled: tuple[int, int], pick: type[max] | type[min]) -> tuple[int, int]:  # type: ignore[valid-type]
-    ratio = pick(image.height / scaled[0], image.width / scaled[1])  # type: ignore[call-arg]
-    return round(image.height / ratio), round(image.width / ratio)
+def _kept_ratio(image: Image.Image, scaled: tuple[int, int], pick: Callable[[float, float], float]) -> tuple[int, int]:
+    ratio = pick(image.height / scaled[0], image.width / scaled[1])
+    # A line of pixels stays one pixel wide; timm would ask for none.
+    return max(1, round(image.height / ratio)), max(1, round(image.width / ratio))
 
 
 def _centred(
-    pixels: npt.NDArray[np.uint8], target: tuple[int, int], fill: tuple[int, ...], *, border: bool
+    pixels: npt.NDArray[np.uint8], target: tuple[int, int], fill: tuple[int, int, int]
 ) -> npt.NDArray[np.uint8]:
     """Cut the centre out of pixels, filling where they are smaller than the target."""
-    crop = np.empty((*target, 3), dtype=np.uint8)
-    crop[...] = fill
-    inner: list[tuple[slice, slice]] = []
-    for have, want in zip(pixels.shape[:2], target, strict=True):
-        start = _start(have, want, border)
-        length = min(have, want)
-        inner.append((slice(max(start, 0), max(start, 0) + length), slice(max(-start, 0), max(-start, 0) + length)))
-    (rows, to_rows), (columns, to_columns) = inner
-    crop[to_rows, to_columns] = pixels[rows, columns]
-    return crop
+    cut = np.empty((*target, 3), dtype=np.uint8)
+    cut[...] = fill
+    (rows, to_rows), (columns, to_columns) = (
+        _centre(have, want) for have, want in zip(pixels.shape, target, strict=False)
+    )
+    cut[to_rows, to_columns] = pixels[rows, columns]
+    return cut
 
 
-def _start(have: int, want: int, border: bool) -> int:
-    if want > have and not border:
-        return -((want - have) // 2)
-    return round((have - want) / 2)
+def _centre(have: int, want: int) -> tuple[slice, slice]:
+    """Return which of `have` pixels are kept, and where they lie among `want`."""
+    if want > have:
+        before = (want - have) // 2
+        return slice(0, have), slice(before, before + have)
+    start = round((have - want) / 2)
+    return slice(start, start + want), slice(0, want)

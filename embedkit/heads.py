@@ -167,7 +167,7 @@ def logistic_regression(C: float, *, max_iter: int = 1000, warm_start: bool = Fa
     Returns
     -------
     Pipeline
-        With the steps "scaler" and "regression". Both keep float32 as it is.
+        With the steps "scaler" and "regression". The scaler keeps float32 as it is.
 
     Examples
     --------

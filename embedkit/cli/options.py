@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 
 
-class _Numbers(click.ParamType[tuple[float, ...]]):
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
     """Comma-separated numbers, such as 0.5 or 0.485,0.456,0.406."""
 
     name = "number[,...]"
@@ -31,7 +31,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not one number or several with commas between them", param, ctx)
 
 
-class _KeyValue(click.ParamType[tuple[str, Any]]):
+class _KeyValue(click.ParamType):  # type: ignore[type-arg]
     """key=value, the value read as JSON where it is JSON and as text otherwise."""
 
     name = "key=value"

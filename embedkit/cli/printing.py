@@ -113,7 +113,7 @@ def info_text(summary: dict[str, Any]) -> str:
         *_class_lines(summary["classes"]),
         *_failure_lines(summary["failures"]),
         "  spec",
-        *(f"    {field:<27}{printable(json.dumps(value))}" for field, value in _flat(spec)),
+        *(f"    {field:<29}{printable(json.dumps(value))}" for field, value in _flat(spec)),
         "  read it without embedkit",
         "    import h5py",
         f"    file = h5py.File({printable(os.path.basename(summary['path']))!r}, 'r')",

@@ -169,22 +169,21 @@ class Index:
         if isinstance(queries, np.ndarray) and queries.ndim == 2 and queries.dtype.kind == "f":
             return self._vectors(queries), False
         if not isinstance(queries, list | tuple):
-            return self._embed_one(queries)[None], True
+            return self._embed_one(queries), True
         if queries and all(_is_image(query) for query in queries):
             return self.backbone.embed(queries), False
-        rows = [self._embed_one(query) for query in queries]
-        return np.array(rows, dtype=np.float32).reshape(len(rows), self.store.dim), False
+        none = np.empty((0, self.store.dim), dtype=np.float32)
+        return np.concatenate([none, *map(self._embed_one, queries)]), False
 
     def _embed_one(self, query: Any) -> npt.NDArray[np.float32]:
+        """Return the embedding of one query, of shape (1, d)."""
         if isinstance(query, int | np.integer):
             if not 0 <= query < len(self):
                 raise IndexError(f"row {query} does not exist; {self.store.path} has {len(self)} rows")
-            row: npt.NDArray[np.float32] = self.store.rows([int(query)])[0]
-            return row
+            return self.store.rows([int(query)])
         if _is_image(query):
-            embedding: npt.NDArray[np.float32] = self.backbone.embed(query)
-            return embedding
-        return self._vectors(np.asarray(query)[None])[0]
+            return self.backbone.embed([query])
+        return self._vectors(np.asarray(query)[None])
 
     def _vectors(self, vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         if vectors.ndim != 2 or vectors.shape[1] != self.store.dim:

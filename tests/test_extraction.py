@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from embedkit import Backbone, ImageError, Store, StoreExistsError, extract
+from embedkit.backbones import import_timm
 from embedkit.extraction import Progress
 
 
@@ -111,3 +116,18 @@ def test_an_interrupted_run_leaves_nothing_behind(photos: Path, backbone: Backbo
     with pytest.raises(KeyboardInterrupt):
         extract(photos, tmp_path / "s.h5", backbone, batch_size=4, progress=interrupt)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_classifier_on_stored_embeddings_gives_the_models_logits(
+    photos: Path, tiny_backbone: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    timm = import_timm()
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    model.load_state_dict(load_file(tiny_backbone.with_suffix(".safetensors")))
+    config = json.loads(tiny_backbone.read_text())["pretrained_cfg"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config), is_training=False)
+    store = extract(photos, tmp_path / "s.h5", backbone)
+    with torch.inference_mode():
+        logits = model(torch.stack([transform(Image.open(photos / id).convert("RGB")) for id in store.ids]))
+        ours = model.get_classifier()(torch.from_numpy(store.load()))
+    np.testing.assert_allclose(ours.numpy(), logits.numpy(), atol=1e-5)

@@ -128,7 +128,7 @@ def _batches(
         return backbone.pixels(data, id=id)
 
     readings = (_Reading(file) for file in files)
-    return stream(backbone, readings, pixels, batch_size=batch_size, workers=workers)
+    return stream(readings, pixels, backbone.embed_pixels, batch_size=batch_size, workers=workers)
 
 
 def _record(batch: Batch[_Reading], writer: StoreWriter) -> None:

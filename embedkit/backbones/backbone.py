@@ -248,7 +248,8 @@ class Backbone:
         single = isinstance(images, str | os.PathLike) or _is_pil(images) or getattr(images, "ndim", 4) < 4
         parts = [np.empty((0, self.dim), dtype=np.float32)]
         pixels = partial(self.pixels, id=None)
-        for batch in stream(self, [images] if single else images, pixels, batch_size=batch_size, workers=workers):
+        items = [images] if single else images
+        for batch in stream(items, pixels, self.embed_pixels, batch_size=batch_size, workers=workers):
             if batch.failures:
                 raise batch.failures[0][1]
             parts.append(batch.embeddings)

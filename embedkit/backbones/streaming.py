@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
 
-if TYPE_CHECKING:
-    from embedkit.backbones.backbone import Backbone
-
 Item = TypeVar("Item")
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Batch(Generic[Item]):
 
 
 def stream(
-    backbone: Backbone,
     items: Iterable[Item],
-    pixels: Callable[[Item], npt.NDArray[np.uint8]],
+    pixels: Callable[[Item], Pixels],
+    embed: Callable[[Sequence[Pixels]], npt.NDArray[np.float32]],
     *,
     batch_size: int = 32,
     workers: int | None = None,
@@ -42,13 +40,13 @@ def stream(
 
     Parameters
     ----------
-    backbone : Backbone
-        What embeds.
     items : iterable
         Anything that `pixels` understands; it is read only a few batches ahead.
     pixels : callable
         Returns an item's crop as uint8 of shape (h, w, 3), or raises ImageError. Called in worker threads, because
         decoders let go of the interpreter lock.
+    embed : callable
+        Returns the embeddings (b, d) of b crops, which may be none. Called in the caller's thread.
     batch_size : int, default 32
         Images a forward pass.
     workers : int, optional
@@ -61,7 +59,7 @@ def stream(
     """
     source = iter(items)
     with ThreadPoolExecutor(workers or usable_processors(), thread_name_prefix="embedkit-decode") as pool:
-        waiting: deque[tuple[Item, Future[npt.NDArray[np.uint8]]]] = deque()
+        waiting: deque[tuple[Item, Future[Pixels]]] = deque()
 
         def refill() -> None:
             # One batch is on its way through the network while the next is being decoded.
@@ -72,7 +70,7 @@ def stream(
             refill()
             while waiting:
                 good: list[Item] = []
-                crops: list[npt.NDArray[np.uint8]] = []
+                crops: list[Pixels] = []
                 failures: list[tuple[Item, ImageError]] = []
                 while waiting and len(good) < batch_size:
                     item, future = waiting.popleft()
@@ -82,7 +80,7 @@ def stream(
                     except ImageError as error:
                         failures.append((item, error))
                 refill()
-                yield Batch(good, backbone.embed_pixels(crops), failures)
+                yield Batch(good, embed(crops), failures)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -188,6 +188,7 @@ def test_embed_takes_paths_images_arrays_or_a_mix(tiny_backbone: Path, tmp_path:
     assert many.shape == (4, backbone.dim)
     np.testing.assert_allclose(many, np.repeat(one[None], 4, axis=0), atol=1e-6)
     np.testing.assert_allclose(backbone.embed(np.stack([pixels, pixels])), many[:2], atol=1e-6)
+    np.testing.assert_allclose(backbone.embed((tmp_path / "a.png").read_bytes()), one, atol=1e-6)
     assert backbone.embed([]).shape == (0, backbone.dim)
     (tmp_path / "bad.jpg").write_text("no")
     with pytest.raises(ImageError, match=r"bad\.jpg"):

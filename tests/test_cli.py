@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,9 @@ def test_exit_codes_tell_some_failures_from_all(photos: Path, tiny_backbone: Pat
     assert "none of its 1 images could be read" in result.stderr and not (tmp_path / "t.h5").exists()
 
 
-def test_errors_are_one_message_without_a_traceback(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+def test_errors_are_one_message_without_a_traceback(
+    store: Path, photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     for message, arguments in [
         ("missing.h5 does not exist", ["info", tmp_path / "missing.h5"]),
@@ -112,6 +115,11 @@ def test_errors_are_one_message_without_a_traceback(store: Path, tiny_backbone: 
         result = run(*arguments, code=1)
         assert result.stderr.startswith(("error: ", "backbone: ")) and message in result.stderr, result.stderr
         assert "Traceback" not in result.output
+    (tmp_path / "file").touch()
+    blocked = run("extract", photos, "-o", tmp_path / "file" / "s.h5", "-m", tiny_backbone, code=1)
+    assert re.search(r"error: .*file.*: (Not a directory|File exists)", blocked.stderr)
+    page = run("search", store, "--id", "cat/1.jpg", "--html", tmp_path / "no" / "page.html", code=1)
+    assert "page.html: No such file or directory" in page.stderr
     assert "name an image to search with" in run("search", store, code=2).stderr
     assert "has no id 'nope'" in run("search", store, "--id", "nope", code=2).stderr
     assert "exists already" in run("extract", tmp_path, "-o", store, "-m", tiny_backbone, code=1).stderr

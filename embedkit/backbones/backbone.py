@@ -116,7 +116,7 @@ class Backbone:
         backbone._network = network.eval().requires_grad_(False)
         preprocessing = _preprocessing(network, overrides, exif)
         backbone._set_up(preprocessing, pool, source)
-        where = os.path.abspath(model) if source.weights else os.fspath(model)
+        where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
         backbone.recipe = _without_defaults(
             model=where, arch=arch, arch_kwargs=dict(arch_kwargs or {}), img_size=size, crop_pct=crop_pct,
             crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std, pool=pool, exif=exif,
@@ -221,7 +221,7 @@ class Backbone:
 
         Parameters
         ----------
-        images : path, PIL image, array, or a sequence of them
+        images : path, bytes, PIL image, array, or a sequence of them
             An array is one image of shape (h, w) or (h, w, c), or many of shape (n, h, w, c).
         batch_size : int, default 32
             Images a forward pass.
@@ -245,7 +245,7 @@ class Backbone:
         >>> backbone.embed(["a.jpg", "b.jpg"]).shape  # doctest: +SKIP
         (2, 512)
         """
-        single = isinstance(images, str | os.PathLike) or _is_pil(images) or getattr(images, "ndim", 4) < 4
+        single = isinstance(images, str | bytes | os.PathLike) or _is_pil(images) or getattr(images, "ndim", 4) < 4
         parts = [np.empty((0, self.dim), dtype=np.float32)]
         pixels = partial(self.pixels, id=None)
         items = [images] if single else images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 import click
@@ -13,7 +15,7 @@ from embedkit.text import printable
 
 
 class _Group(click.Group):
-    """Turns our errors into one message and exit code 1, and Ctrl-C into exit code 130."""
+    """Turns our errors and the system's into one message and exit code 1, and Ctrl-C into exit code 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -21,6 +23,11 @@ class _Group(click.Group):
         except EmbedkitError as error:
             for line in f"error: {error}".splitlines():
                 click.echo(printable(line), err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.filename is None or error.errno == errno.EPIPE:
+                raise  # Not about a file that the user named.
+            click.echo(printable(f"error: {os.fsdecode(error.filename)}: {error.strerror}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted; a store appears only when it is whole", err=True)

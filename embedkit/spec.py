@@ -133,7 +133,7 @@ class EmbeddingSpec:
 
     def differences(self, other: EmbeddingSpec) -> dict[str, tuple[Any, Any]]:
         """Return ``{field: (own, other's)}`` for every field that differs."""
-        left, right = _flat(self.to_dict()), _flat(other.to_dict())
+        left, right = flat(self.to_dict()), flat(other.to_dict())
         names = sorted(left.keys() | right.keys())
         return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
 
@@ -161,11 +161,12 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted names."""
+    fields: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{name}."))
+            fields.update(flat(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
-    return flat
+            fields[prefix + name] = value
+    return fields

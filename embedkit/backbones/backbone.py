@@ -178,12 +178,10 @@ class Backbone:
         self._network = self._network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         config = getattr(self._network, "pretrained_cfg", {})
         self._pool, self.preprocessing = pool, preprocessing
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(preprocessing.mean, device=self.device).view(shape[1:])
-        self._std = torch.tensor(preprocessing.std, device=self.device).view(shape[1:])
-        probe = np.zeros((*preprocessing.img_size, 3), dtype=np.uint8)
+        self._mean = torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
         try:
-            dim = self.embed_pixels([probe], checked=False).shape[1]
+            dim = self._forward(np.zeros((1, *preprocessing.img_size, 3), dtype=np.uint8)).shape[1]
         except (RuntimeError, AssertionError) as error:
             raise BackboneError(
                 f"{source.arch} cannot embed {preprocessing.img_size[0]} x {preprocessing.img_size[1]} pixels: {error}"
@@ -278,15 +276,13 @@ class Backbone:
             name = id or (os.fspath(source) if isinstance(source, str | os.PathLike) else error.id)
             raise ImageError(name, error.reason) from error
 
-    def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]], *, checked: bool = True) -> npt.NDArray[np.float32]:
+    def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Embed crops that `pixels` made, in one forward pass.
 
         Parameters
         ----------
         crops : sequence of arrays of shape (h, w, 3)
             uint8.
-        checked : bool, default True
-            Whether to insist on finite embeddings.
 
         Returns
         -------
@@ -296,19 +292,24 @@ class Backbone:
         Raises
         ------
         BackboneError
-            When the network returns infinities or NaN: its weights are damaged or of the wrong model.
+            When the network returns infinities or NaN: its weights are damaged or of another model.
         """
         if not crops:
             return np.empty((0, self.dim), dtype=np.float32)
-        batch = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last
+        embeddings = self._forward(np.stack(crops))
+        if not np.isfinite(embeddings).all():
+            raise BackboneError(
+                f"{self.spec.backbone} returned infinities or NaN for real pixels; are these its weights, undamaged?"
+            )
+        return embeddings
+
+    def _forward(self, crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return embeddings of shape (b, d) for crops of shape (b, h, w, 3)."""
+        batch = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last
         with torch.inference_mode():
             # The same three operations in the same order as timm's transform, so that every bit agrees.
             x = batch.float().div_(255.0).sub_(self._mean).div_(self._std)
             embeddings: npt.NDArray[np.float32] = pooled(self._network, x, self._pool).float().cpu().numpy()
-        if checked and not np.isfinite(embeddings).all():
-            raise BackboneError(
-                f"{self.spec.backbone} returned infinities or NaN for real pixels; are these its weights, undamaged?"
-            )
         return embeddings
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from embedkit.spec import flat
 from embedkit.text import printable
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def info_text(summary: dict[str, Any]) -> str:
         *_class_lines(summary["classes"]),
         *_failure_lines(summary["failures"]),
         "  spec",
-        *(f"    {field:<29}{printable(json.dumps(value))}" for field, value in _flat(spec)),
+        *(f"    {field:<29}{printable(json.dumps(value))}" for field, value in flat(spec).items()),
         "  read it without embedkit",
         "    import h5py",
         f"    file = h5py.File({printable(os.path.basename(summary['path']))!r}, 'r')",
@@ -135,14 +136,6 @@ def _class_lines(classes: dict[str, int]) -> list[str]:
 def _failure_lines(failed: list[dict[str, str]]) -> list[str]:
     lines = [f"  failures   {len(failed):,}"]
     return lines + [f"    {printable(failure['id'])}: {printable(failure['error'])}" for failure in failed]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        nested = isinstance(value, dict) and value
-        flat += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
-    return flat
 
 
 def row_of(store: Store, id: str) -> int:

@@ -5,6 +5,7 @@ Every one of them is an :class:`EmbedkitError`, and each leaf also inherits the 
     EmbedkitError
     ├─ StoreNotFoundError(FileNotFoundError)   there is no store at this path
     ├─ StoreExistsError(FileExistsError)       there is one already, and nobody asked to replace it
+    ├─ StoreBusyError(BlockingIOError)         another process is writing it
     ├─ StoreFormatError(ValueError)            not a store, a newer one, or a damaged one
     ├─ SpecMismatchError(ValueError)           two sets of embeddings that must not be compared
     ├─ BackboneError(ValueError)               an unknown model, or weights that cannot be had or do not fit
@@ -18,6 +19,7 @@ line and exit code 1; any other exception is a bug of ours and keeps its traceba
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +34,33 @@ class StoreNotFoundError(EmbedkitError, FileNotFoundError):
 
 class StoreExistsError(EmbedkitError, FileExistsError):
     """A store exists already at the path where one was to be written."""
+
+
+class StoreBusyError(EmbedkitError, BlockingIOError):
+    """Another process is writing the store.
+
+    Parameters
+    ----------
+    path : path-like
+        The store.
+    pid, host : int, str
+        The process, 0 when it could not be told.
+
+    Attributes
+    ----------
+    path, pid, host
+        As passed in.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], pid: int, host: str) -> None:
+        self.path, self.pid, self.host = os.fspath(path), pid, host
+        who = f"process {pid} on {host}" if pid else "another process"
+        super().__init__(
+            f"{self.path} is being written by {who}; wait for it, or stop it and run the same command again"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoreBusyError, (self.path, self.pid, self.host)
 
 
 class StoreFormatError(EmbedkitError, ValueError):

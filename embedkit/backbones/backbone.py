@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
-from embedkit.backbones.pooling import POOLS, pooled
-from embedkit.backbones.streaming import stream
+from embedkit.backbones.pooling import check_pool, pooled
+from embedkit.backbones.streaming import in_batches, stream
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError, ImageError
 from embedkit.images import CROP_MODES, INTERPOLATIONS, crop, read_image
@@ -77,7 +78,9 @@ class Backbone:
         img_size, crop_pct, crop_mode, interpolation, mean, std : optional
             Replace single facts of the preprocessing that the weights were trained with. `img_size` is one side or
             (height, width), in pixels.
-        pool : {"default", "avg", "max", "cls", "flatten"}, default "default"
+        pool : str, default "default"
+            One of default, avg, max, cls and flatten, or ``MODULE:POOL`` for the output of a module inside the network,
+            such as ``layer3:avg``.
             The model's own pooling, because that is what its weights were trained with. The others pool the last
             feature map or tokens.
         exif : bool, default True
@@ -104,8 +107,7 @@ class Backbone:
         >>> backbone.embed("query.jpg").shape  # doctest: +SKIP
         (384,)
         """
-        if pool not in POOLS:
-            raise BackboneError(f"unknown pooling {pool!r}; choose one of {', '.join(POOLS)}")
+        check_pool(pool)
         source = resolve(os.fspath(model), arch, arch_kwargs)
         size = _size(img_size)
         network = build(source, size)
@@ -178,10 +180,11 @@ class Backbone:
         self._network = self._network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         config = getattr(self._network, "pretrained_cfg", {})
         self._pool, self.preprocessing = pool, preprocessing
+        self._layer_dims: dict[str, int] = {}
         self._mean = torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
         try:
-            dim = self._forward(np.zeros((1, *preprocessing.img_size, 3), dtype=np.uint8)).shape[1]
+            dim = self._forward(np.zeros((1, *preprocessing.img_size, 3), dtype=np.uint8), [pool])[0].shape[1]
         except (RuntimeError, AssertionError) as error:
             raise BackboneError(
                 f"{source.arch} cannot embed {preprocessing.img_size[0]} x {preprocessing.img_size[1]} pixels: {error}"
@@ -247,7 +250,7 @@ class Backbone:
         parts = [np.empty((0, self.dim), dtype=np.float32)]
         pixels = partial(self.pixels, id=None)
         items = [images] if single else images
-        for batch in stream(items, pixels, self.embed_pixels, batch_size=batch_size, workers=workers):
+        for batch in stream(in_batches(items, batch_size), pixels, self.embed_pixels, workers=workers):
             if batch.failures:
                 raise batch.failures[0][1]
             parts.append(batch.embeddings)
@@ -294,23 +297,65 @@ class Backbone:
         BackboneError
             When the network returns infinities or NaN: its weights are damaged or of another model.
         """
+        return self.embed_layers(crops, ())[""]
+
+    def embed_layers(
+        self, crops: Sequence[npt.NDArray[np.uint8]], layers: Sequence[str]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Embed crops in several ways in one forward pass.
+
+        Parameters
+        ----------
+        crops : sequence of arrays of shape (h, w, 3)
+            uint8, as `pixels` makes them.
+        layers : sequence of str
+            Poolings as `load` takes them, such as ``avg`` or ``layer3:avg``.
+
+        Returns
+        -------
+        dict of str to array of shape (len(crops), d)
+            float32: the backbone's own embedding under the empty name, and each layer under its own.
+
+        Raises
+        ------
+        BackboneError
+            As `embed_pixels`; and when the network has no such layer.
+        """
+        pools = [self._pool, *layers]
         if not crops:
-            return np.empty((0, self.dim), dtype=np.float32)
-        embeddings = self._forward(np.stack(crops))
-        if not np.isfinite(embeddings).all():
+            return {name: np.empty((0, self.layer_spec(name).dim), dtype=np.float32) for name in ("", *layers)}
+        found = self._forward(np.stack(crops), pools)
+        if not all(np.isfinite(embeddings).all() for embeddings in found):
             raise BackboneError(
                 f"{self.spec.backbone} returned infinities or NaN for real pixels; are these its weights, undamaged?"
             )
-        return embeddings
+        return dict(zip(("", *layers), found, strict=True))
 
-    def _forward(self, crops: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return embeddings of shape (b, d) for crops of shape (b, h, w, 3)."""
+    def layer_spec(self, layer: str) -> EmbeddingSpec:
+        """Return the spec of one of `embed_layers`: that of this backbone with another pooling.
+
+        Raises
+        ------
+        BackboneError
+            When the network has no such layer.
+        """
+        if layer and layer not in self._layer_dims:
+            check_pool(layer)
+            zeros = np.zeros((1, *self.preprocessing.img_size, 3), dtype=np.uint8)
+            self._layer_dims[layer] = self._forward(zeros, [layer])[0].shape[1]
+        return replace(self.spec, pool=layer, dim=self._layer_dims[layer]) if layer else self.spec
+
+    def _forward(self, crops: npt.NDArray[np.uint8], pools: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+        """Return embeddings of shape (b, d) for crops of shape (b, h, w, 3), one array for each pooling."""
+        count = len(crops)
+        if count == 1:
+            # Alone, an image goes through other routines of the processor's library, and its last bits differ.
+            crops = np.concatenate([crops, crops])
         batch = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last
         with torch.inference_mode():
             # The same three operations in the same order as timm's transform, so that every bit agrees.
             x = batch.float().div_(255.0).sub_(self._mean).div_(self._std)
-            embeddings: npt.NDArray[np.float32] = pooled(self._network, x, self._pool).float().cpu().numpy()
-        return embeddings
+            return [found[:count].float().cpu().numpy() for found in pooled(self._network, x, pools)]
 
 
 def _size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -16,55 +16,54 @@ import numpy.typing as npt
 from embedkit.errors import ImageError
 
 Item = TypeVar("Item")
+Output = TypeVar("Output")
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Batch(Generic[Item]):
-    """What became of some consecutive items: embeddings of shape (len(items), d), and the items that failed."""
+class Batch(Generic[Item, Output]):
+    """What became of a batch: the items that were embedded and their embeddings, and the items that failed."""
 
     items: list[Item]
-    embeddings: npt.NDArray[np.float32]
+    embeddings: Output
     failures: list[tuple[Item, ImageError]]
 
 
 def stream(
-    items: Iterable[Item],
+    batches: Iterable[Sequence[Item]],
     pixels: Callable[[Item], Pixels],
-    embed: Callable[[Sequence[Pixels]], npt.NDArray[np.float32]],
+    embed: Callable[[Sequence[Pixels]], Output],
     *,
-    batch_size: int = 32,
     workers: int | None = None,
-) -> Iterator[Batch[Item]]:
-    """Embed a stream of items in order.
+) -> Iterator[Batch[Item, Output]]:
+    """Embed a stream of batches in order.
 
     Parameters
     ----------
-    items : iterable
-        Anything that `pixels` understands; it is read only a few batches ahead.
+    batches : iterable of sequences
+        Of anything that `pixels` understands; read only a batch ahead. An item that fails leaves its batch smaller,
+        and every other batch as it is: which images share a pass depends on nothing but this argument.
     pixels : callable
         Returns an item's crop as uint8 of shape (h, w, 3), or raises ImageError. Called in worker threads, because
         decoders let go of the interpreter lock.
     embed : callable
-        Returns the embeddings (b, d) of b crops, which may be none. Called in the caller's thread.
-    batch_size : int, default 32
-        Images a forward pass.
+        Returns the embeddings of b crops, which may be none. Called in the caller's thread.
     workers : int, optional
         Decoding threads; by default one for each usable processor.
 
     Yields
     ------
     Batch
-        Until the items end. A failed item takes no other item along.
+        One for each of `batches`.
     """
-    source = iter(items)
+    source = iter(batches)
     with ThreadPoolExecutor(workers or usable_processors(), thread_name_prefix="embedkit-decode") as pool:
-        waiting: deque[tuple[Item, Future[Pixels]]] = deque()
+        waiting: deque[list[tuple[Item, Future[Pixels]]]] = deque()
 
         def refill() -> None:
             # One batch is on its way through the network while the next is being decoded.
-            for item in itertools.islice(source, 2 * batch_size - len(waiting)):
-                waiting.append((item, pool.submit(pixels, item)))
+            for batch in itertools.islice(source, 2 - len(waiting)):
+                waiting.append([(item, pool.submit(pixels, item)) for item in batch])
 
         try:
             refill()
@@ -72,8 +71,7 @@ def stream(
                 good: list[Item] = []
                 crops: list[Pixels] = []
                 failures: list[tuple[Item, ImageError]] = []
-                while waiting and len(good) < batch_size:
-                    item, future = waiting.popleft()
+                for item, future in waiting.popleft():
                     try:
                         crops.append(future.result())
                         good.append(item)
@@ -83,6 +81,13 @@ def stream(
                 yield Batch(good, embed(crops), failures)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Yield items in lists of `batch_size`, the last one shorter."""
+    source = iter(items)
+    while batch := list(itertools.islice(source, batch_size)):
+        yield batch
 
 
 def usable_processors() -> int:

@@ -4,7 +4,15 @@ Row i of every dataset is the same image. The format is described in ``docs/stor
 never written to again, only replaced by a rename.
 """
 
+from embedkit.store.parts import Rows
 from embedkit.store.reader import Failure, Store
+from embedkit.store.runs import Run
+from embedkit.store.tables import Failures, Images, Inventory
+from embedkit.store.updates import Changes, Update
+from embedkit.store.verification import Problem, verify
 from embedkit.store.writer import StoreWriter, refuse_existing
 
-__all__ = ["Failure", "Store", "StoreWriter", "refuse_existing"]
+__all__ = [
+    "Changes", "Failure", "Failures", "Images", "Inventory", "Problem", "Rows", "Run", "Store", "StoreWriter", "Update",
+    "refuse_existing", "verify",
+]  # fmt: skip

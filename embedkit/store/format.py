@@ -1,10 +1,11 @@
-"""Schema v1: names, types and checksums of a store's datasets."""
+"""Schema v1: names, types and checksums of a store's datasets, and how they lie in the file."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import h5py
@@ -16,20 +17,25 @@ from embedkit.spec import canonical_json
 FORMAT = "embedkit-store"
 SCHEMA_VERSION = 1
 BLOCK_ROWS = 4096
-MAX_PROVENANCE_BYTES = 64 * 1024
-
-# Superblock 2 has checksummed object headers and no consistency flags that a killed process would leave behind.
-LIBVER = ("v108", "v108")
-# Puts /embeddings on a 64-byte boundary for SIMD, yet off page boundaries, where reads are measurably slower.
-ALIGNMENT = {"alignment_threshold": 4096, "alignment_interval": 64}
+MAX_PROVENANCE_BYTES = 60 * 1024  # An attribute holds 64 KiB.
+MAX_ID_BYTES = 4096
+MAX_ERROR_BYTES = 1000
+MAX_LAYERS = 32
+NO_HASH = "0" * 64
 
 Array = npt.NDArray[Any]
+Attributes = Mapping[str, int | str]
 
 
 def encode_texts(texts: Sequence[str]) -> Array:
     """Return texts as an array of null-padded bytes; undecodable file names keep their bytes."""
     encoded = [os.fsencode(text) for text in texts]
     return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
+
+
+def encode_reasons(reasons: Sequence[str]) -> Array:
+    """Return the reasons of failures as bytes, cut where somebody wrote a novel."""
+    return encode_texts([os.fsencode(reason)[:MAX_ERROR_BYTES].decode("utf-8", "ignore") for reason in reasons])
 
 
 def decode_texts(raw: Array) -> list[str]:
@@ -43,45 +49,9 @@ def decode_texts(raw: Array) -> list[str]:
     return joined if len(joined) == len(values) else [os.fsdecode(value) for value in values]
 
 
-def write_dataset(group: h5py.Group, name: str, data: Array) -> str:
-    """Write one small contiguous dataset with its checksum, and return the checksum."""
-    data = np.ascontiguousarray(data)
-    dtype = h5py.string_dtype("utf-8", data.dtype.itemsize) if data.dtype.kind == "S" else data.dtype
-    dataset = create_dataset(group, name, data.shape, dtype)
-    if data.size:
-        dataset[...] = data.astype(dtype) if data.dtype.kind == "S" else data
-    return seal(dataset, hashlib.sha256(data.tobytes()).hexdigest())
-
-
-def create_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any) -> h5py.Dataset:
-    """Create a contiguous dataset whose space exists at once and is not zero-filled first."""
-    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_layout(h5py.h5d.CONTIGUOUS)
-    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # Times would make two stores of the same images differ.
-    plist.set_obj_track_times(False)
-    h5type = h5py.h5t.py_create(np.dtype(dtype), logical=True)
-    space = h5py.h5s.create_simple(shape)
-    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), h5type, space, dcpl=plist))
-
-
-def seal(dataset: h5py.Dataset, sha256: str) -> str:
-    """Attach a dataset's checksum."""
-    set_text(dataset, "sha256", sha256)
-    return sha256
-
-
-def set_text(target: h5py.HLObject, name: str, text: str) -> None:
-    """Set a text attribute of fixed length: variable-length ones lie in a heap that HDF5 does not checksum."""
-    raw = text.encode("utf-8")
-    target.attrs.create(name, np.array(raw), dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
-
-
-def get_text(target: h5py.HLObject, name: str) -> str:
-    """Return a text attribute."""
-    value = target.attrs[name]
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+def sha256_of(data: Array | bytes) -> str:
+    """Return the SHA-256 of an array's bytes in hexadecimal."""
+    return hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).hexdigest()
 
 
 def content_id(digest: str, columns: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
@@ -91,3 +61,110 @@ def content_id(digest: str, columns: Iterable[tuple[str, str, tuple[int, ...], s
     """
     facts = sorted([name, dtype, list(shape), sha256] for name, dtype, shape, sha256 in columns)
     return hashlib.sha256(canonical_json([digest, facts]).encode()).hexdigest()
+
+
+def identity(names: Iterable[str]) -> list[str]:
+    """Return those of a store's datasets that decide its content id: not times, sizes, failures and checksums."""
+    known = ("embeddings", "ids", "content_sha256", "labels", "label_names")
+    return sorted(name for name in names if name in known or name.startswith("layers/"))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A file's metadata as (offset, bytes), where its datasets lie, and how many bytes it has in all."""
+
+    metadata: list[tuple[int, bytes]]
+    offsets: dict[str, int]
+    size: int
+
+
+def lay_out(datasets: Mapping[str, tuple[tuple[int, ...], Any]], attributes: Mapping[str, Attributes]) -> Pieces:
+    """Have the HDF5 library lay out a file in memory, without the datasets' bytes.
+
+    The result depends on nothing but the arguments, and offsets not on the attributes' values, only on their lengths.
+    So a file is laid out once to learn where its bytes go, and again when their checksums are known. Every byte that
+    reaches the disk is written by us: a full disk is then an error like any other, and not one inside the library.
+
+    Parameters
+    ----------
+    datasets : mapping of str to (shape, dtype)
+        By path. Contiguous, in this order.
+    attributes : mapping of str to mapping
+        Of each dataset, and of the root under the empty path: integers and texts.
+    """
+    pages = _Pages()
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_attr_phase_change(64, 0)  # All attributes in the object header, which has a checksum.
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    # Superblock 2 has checksummed object headers, and no consistency flags that a killed process would leave behind.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    # On 64-byte boundaries for SIMD, yet off page boundaries, where reads are measurably slower.
+    access.set_alignment(1, 64)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, pages)
+    file = h5py.File(h5py.h5f.create(b"store", h5py.h5f.ACC_TRUNC, creation, access))
+    try:
+        offsets = {}
+        for path, (shape, dtype) in datasets.items():
+            *groups, name = path.split("/")
+            group = file.require_group(groups[0]) if groups else file
+            dataset = _create(group, name, shape, np.dtype(dtype))
+            offsets[path] = dataset.id.get_offset() or 0
+            _set_attributes(dataset, attributes.get(path, {}))
+        _set_attributes(file, attributes.get("", {}))
+    finally:
+        file.close()
+        access.close()
+    return Pieces(sorted(pages.written.items()), offsets, pages.end)
+
+
+def _create(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> h5py.Dataset:
+    """Create a contiguous dataset whose space exists at once and is not filled."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_layout(h5py.h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    plist.set_obj_track_times(False)  # Times would make two stores of the same images differ.
+    text = h5py.string_dtype("utf-8", dtype.itemsize) if dtype.kind == "S" else dtype
+    h5type = h5py.h5t.py_create(text, logical=True)
+    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), h5type, h5py.h5s.create_simple(shape), dcpl=plist))
+
+
+def _set_attributes(target: h5py.HLObject, attributes: Attributes) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, int):
+            target.attrs[name] = np.int64(value)
+        else:
+            # Of fixed length: variable-length ones lie in a heap that HDF5 does not checksum.
+            raw = value.encode("utf-8")
+            target.attrs.create(name, np.array(raw), dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
+
+
+class _Pages:
+    """A file in memory that holds what the library writes of a file of any size: a few kilobytes of metadata."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, bytes] = {}
+        self.position = self.end = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + (0, self.position, self.end)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def write(self, data: memoryview) -> int:
+        self.written[self.position] = bytes(data)
+        self.position += len(data)
+        self.end = max(self.end, self.position)
+        return len(data)
+
+    def readinto(self, out: memoryview) -> int:
+        raise OSError("the layout of a new file is never read back")
+
+    def truncate(self, size: int | None = None) -> int:
+        self.end = self.position if size is None else size
+        return self.end
+
+    def flush(self) -> None:
+        pass

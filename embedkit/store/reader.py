@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import StoreFormatError, StoreNotFoundError
+from embedkit.errors import EmbeddingShapeError, StoreFormatError, StoreNotFoundError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import format as schema
+from embedkit.store.hdf5 import Dataset, LayoutError, read_layout
+from embedkit.store.matrix import Matrix, ReadOnlyFile
+from embedkit.store.tables import Failures, Images
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -56,18 +61,23 @@ class Store:
     provenance: dict[str, Any]
     content_id: str
     run_id: str
+    layer: str | None
+    layers: dict[str, EmbeddingSpec]
 
     def __init__(self) -> None:
         raise TypeError("open a store with Store.open(path)")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Store:
+    def open(cls, path: str | os.PathLike[str], *, layer: str | None = None) -> Store:
         """Open a store and check its format, shapes and extent.
 
         Parameters
         ----------
         path : path-like
             The store.
+        layer : str, optional
+            Which of its ``layers`` takes the place of the embeddings: the store that is returned has that layer's
+            embeddings, spec and digest, and the same ids and labels.
 
         Returns
         -------
@@ -79,7 +89,7 @@ class Store:
         StoreNotFoundError
             When there is no such file.
         StoreFormatError
-            When the file is not a store, was written by a newer embedkit, or is damaged.
+            When the file is not a store, was written by a newer embedkit, has no such layer, or is damaged.
         """
         store = cls.__new__(cls)
         # Absolute, so that it also pickles into a process with another working folder.
@@ -87,64 +97,89 @@ class Store:
         if not store.path.is_file():
             found = "is a folder" if store.path.is_dir() else "does not exist"
             raise StoreNotFoundError(f"{path} {found}; make a store with: embedkit extract IMAGES -o STORE")
+        # The open file stays the same when a newer store takes its name.
+        store._file = ReadOnlyFile(store.path, keep=True)
         try:
-            with store._file() as file:
-                store._check(file)
-        except OSError as error:
-            raise StoreFormatError(f"{path} is not a readable HDF5 file: {error}") from error
-        except KeyError as error:
-            raise StoreFormatError(f"{path} is not an embedkit store: {error.args[0]}") from error
+            layout = read_layout(store._file.read, store._file.size)
+        except LayoutError as error:
+            raise StoreFormatError(
+                f"{path} is not an embedkit store, was changed by another program, or is damaged: {error}"
+            ) from error
+        store._datasets = layout.datasets
+        store._read_header(layout.attributes)
+        store._check_columns()
+        store._choose(layer)
         return store
 
-    def _file(self) -> h5py.File:
-        # A finished store never changes, so nothing is locked: that would fail on some network file systems.
-        try:
-            return h5py.File(self.path, "r", locking=False)
-        except OSError as error:
-            if "locking flag" not in str(error):
-                raise
-            return h5py.File(self.path, "r")  # This process has it open with locks, by h5py itself.
+    _file: ReadOnlyFile
+    _datasets: Mapping[str, Dataset]
+    _matrix: Matrix
 
-    def _check(self, file: h5py.File) -> None:
-        if "format" not in file.attrs or schema.get_text(file, "format") != schema.FORMAT:
+    def _read_header(self, attributes: schema.Attributes) -> None:
+        if attributes.get("format") != schema.FORMAT:
             raise StoreFormatError(f"{self.path} is an HDF5 file, but not an embedkit store")
-        version = int(file.attrs["schema_version"])
+        version = attributes.get("schema_version")
         if version != schema.SCHEMA_VERSION:
             raise StoreFormatError(
                 f"{self.path} has schema version {version}, this embedkit reads {schema.SCHEMA_VERSION}; "
                 "install the embedkit that wrote it, or a newer one"
             )
         try:
-            self.provenance = json.loads(schema.get_text(file, "provenance"))
+            self.provenance = json.loads(str(attributes["provenance"]))
             self.spec = EmbeddingSpec.from_dict(self.provenance["identity"])
-        except (ValueError, KeyError, TypeError) as error:
+            layers = dict(self.provenance.get("layers", {}))
+            self.layers = {name: EmbeddingSpec.from_dict(values) for name, values in layers.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreFormatError(f"{self.path}: its provenance cannot be read: {error}") from error
-        if self.spec.digest != schema.get_text(file, "digest"):
+        if self.spec.digest != attributes.get("digest"):
             raise StoreFormatError(f"{self.path}: its digest does not match its own spec; the file was altered")
-        self.content_id = schema.get_text(file, "content_id")
-        self.run_id = schema.get_text(file, "run_id")
-        self._check_embeddings(file["embeddings"])
-        for name in ("ids", "sizes", "mtimes_ns", "content_sha256", "labels"):
-            if (name in file or name != "labels") and file[name].shape[:1] != (self._shape[0],):
-                raise StoreFormatError(f"{self.path}: /{name} has shape {file[name].shape} for {self._shape[0]} rows")
-        self._labelled = "labels" in file
+        self.content_id = str(attributes.get("content_id"))
+        self.run_id = str(attributes.get("run_id"))
 
-    def _check_embeddings(self, dataset: h5py.Dataset) -> None:
-        shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
-        if len(shape) != 2 or shape[1] != self.spec.dim or dtype.str not in ("<f4", "<f2"):
-            raise StoreFormatError(
-                f"{self.path}: /embeddings is {dtype} of shape {shape}; expected float rows of width {self.spec.dim}"
-            )
-        extent = shape[0] * shape[1] * dtype.itemsize
-        if extent and (offset is None or offset + extent > self.path.stat().st_size):
-            raise StoreFormatError(f"{self.path}: /embeddings is not contiguous or reaches past the end of the file")
-        self._shape, self._dtype, self._offset = shape, dtype, offset
+    def _check_columns(self) -> None:
+        count = self._dataset("ids").shape[0] if self._dataset("ids").shape else 0
+        for name, spec in [("embeddings", self.spec), *((f"layers/{n}", spec) for n, spec in self.layers.items())]:
+            found = self._dataset(name)
+            if found.shape != (count, spec.dim) or spec.dim < 1 or found.dtype.str not in ("<f4", "<f2"):
+                raise StoreFormatError(
+                    f"{self.path}: /{name} is {found.dtype} of shape {found.shape}; "
+                    f"expected {count} float rows of width {spec.dim}"
+                )
+        labelled = ["labels", "label_names"] if "labels" in self._datasets else []
+        failed = self._dataset("failures/ids").shape
+        for name in [*_COLUMNS, *labelled]:
+            kinds, tail = _COLUMNS.get(name) or _LABELS[name]
+            found = self._dataset(name)
+            rows = failed if name.startswith("failures/") else found.shape[:1] if name == "label_names" else (count,)
+            typed = found.dtype.str[1:] in kinds or found.dtype.kind in kinds
+            if not typed or found.shape != (*rows, *tail) or len(found.shape) != 1 + len(tail):
+                raise StoreFormatError(
+                    f"{self.path}: /{name} is {found.dtype} of shape {found.shape} for {rows[0] if rows else 0} rows"
+                )
+
+    def _choose(self, layer: str | None) -> None:
+        self.layer = layer
+        if layer is not None:
+            if layer not in self.layers:
+                raise StoreFormatError(f"{self.path} has no layer {layer!r}; it has {', '.join(self.layers) or 'none'}")
+            self.spec = self.layers[layer]
+        self._matrix = self._matrix_of("embeddings" if layer is None else f"layers/{layer}")
+
+    def _matrix_of(self, name: str) -> Matrix:
+        found = self._dataset(name)
+        return Matrix(self._file, found.offset, (found.shape[0], found.shape[1]), found.dtype)
+
+    def _dataset(self, name: str) -> Dataset:
+        try:
+            return self._datasets[name]
+        except KeyError:
+            raise StoreFormatError(f"{self.path} is not an embedkit store: it has no dataset /{name}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store.open, (self.path,)
+        return _reopen, (self.path, self.layer, self.content_id)
 
     def __len__(self) -> int:
-        return int(self._shape[0])
+        return len(self._matrix)
 
     def __repr__(self) -> str:
         return f"<Store {self.path}: {len(self)} x {self.dim}, {self.spec.backbone}>"
@@ -162,29 +197,79 @@ class Store:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Number format of the embeddings as stored."""
-        dtype: np.dtype[Any] = self._dtype
-        return dtype
+        return self._matrix.dtype
 
-    @cached_property
+    @property
     def embeddings(self) -> npt.NDArray[np.float32]:
         """All embeddings as a read-only array of shape (n, d), mapped from the file without a copy."""
-        if not len(self):
-            return np.empty(self._shape, dtype=self._dtype)
-        return np.memmap(self.path, dtype=self._dtype, mode="r", offset=self._offset, shape=self._shape)
+        return self._matrix.map
 
-    def load(self) -> npt.NDArray[np.float32]:
-        """Return all embeddings in memory, as float32 of shape (n, d)."""
-        with self._file() as file:
-            return np.asarray(file["embeddings"][()], dtype=np.float32)
+    def load(self, dtype: npt.DTypeLike = np.float32, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Return all embeddings in memory.
+
+        Parameters
+        ----------
+        dtype : dtype-like, default float32
+            Of the array that is returned.
+        out : array of shape (n, d), optional
+            Filled and returned instead of a new one; its type counts then.
+
+        Returns
+        -------
+        array of shape (n, d)
+
+        Raises
+        ------
+        EmbeddingShapeError
+            When `out` has another shape.
+        """
+        if out is not None and out.shape != self._matrix.shape:
+            raise EmbeddingShapeError(f"{self.path} has shape {self._matrix.shape}, the array to fill {out.shape}")
+        if out is None:
+            out = np.empty(self._matrix.shape, dtype=dtype)
+        if out.dtype == self.dtype and out.flags.c_contiguous:
+            return self._matrix.read(0, len(self), out)
+        for start in range(0, len(self), schema.BLOCK_ROWS):
+            stop = min(start + schema.BLOCK_ROWS, len(self))
+            out[start:stop] = self._matrix.read(start, stop)
+        return out
 
     def iter_blocks(self, rows: int = 8192) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the embeddings in blocks of at most `rows` rows, in order, as float32."""
         for start in range(0, len(self), rows):
             yield np.asarray(self.embeddings[start : start + rows], dtype=np.float32)
 
-    def rows(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
-        """Return the embeddings of the given rows, in the given order, as float32 of shape (len(rows), d)."""
-        return np.asarray(self.embeddings[np.asarray(rows, dtype=np.int64)], dtype=np.float32)
+    def rows(
+        self, rows: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None, *, ids: Sequence[str] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the embeddings of some rows, in the given order, with repeats.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            Row numbers; negative ones count from the end.
+        ids : sequence of str
+            Instead of `rows`: ids.
+
+        Returns
+        -------
+        array of shape (len(rows), d)
+            float32.
+
+        Raises
+        ------
+        IndexError
+            When the store has no such row.
+        KeyError
+            When the store has no such id.
+        """
+        if (rows is None) == (ids is None):
+            raise TypeError("name rows or ids, and not both")
+        wanted = np.array([self.index_of(id) for id in ids] if ids is not None else rows, dtype=np.int64).reshape(-1)
+        outside = (wanted < -len(self)) | (wanted >= len(self))
+        if outside.any():
+            raise IndexError(f"row {wanted[outside][0]} does not exist; {self.path} has {len(self)} rows")
+        return np.asarray(self._matrix.take(np.where(wanted < 0, wanted + len(self), wanted)), dtype=np.float32)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -208,12 +293,17 @@ class Store:
     @cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """Class code of every row as int64 of shape (n,), -1 for none; None when the store has no labels."""
-        return self._column("labels").astype(np.int64) if self._labelled else None
+        if "labels" not in self._datasets:
+            return None
+        codes: npt.NDArray[np.int64] = self._column("labels").astype(np.int64)
+        if len(codes) and (codes.min() < -1 or codes.max() >= len(self.classes)):
+            raise StoreFormatError(f"{self.path}: /labels has codes that name no class; the file is damaged")
+        return codes
 
     @cached_property
     def classes(self) -> list[str]:
         """Class names: code c of `labels` means ``classes[c]``. Empty when the store has no labels."""
-        return self._texts("label_names") if self._labelled else []
+        return self._texts("label_names") if "labels" in self._datasets else []
 
     @cached_property
     def content_sha256(self) -> npt.NDArray[np.uint8]:
@@ -243,7 +333,9 @@ class Store:
     def recipe(self) -> dict[str, Any]:
         """How the backbone was loaded, for `Backbone.reload`; empty when unknown."""
         recipe = self.information.get("recipe")
-        return recipe if isinstance(recipe, dict) else {}
+        if not isinstance(recipe, dict):
+            return {}
+        return recipe if self.layer is None else {**recipe, "pool": self.layer}
 
     def class_counts(self) -> dict[str, int]:
         """Return the number of rows of each class."""
@@ -259,8 +351,9 @@ class Store:
             "rows": len(self),
             "dim": self.dim,
             "dtype": self.dtype.name,
-            "bytes": self.path.stat().st_size,
+            "bytes": self._file.size,
             "classes": self.class_counts(),
+            "layers": {name: spec.dim for name, spec in self.layers.items()},
             "failures": [{"id": failure.id, "error": failure.error} for failure in self.failures],
             "digest": self.digest,
             "content_id": self.content_id,
@@ -268,12 +361,48 @@ class Store:
             "information": self.information,
         }
 
+    @cached_property
+    def images(self) -> Images:
+        """The columns of the rows as they are stored: ids as bytes, sizes, times and hashes of the files."""
+        return Images(*(self._column(name) for name in ("ids", "sizes", "mtimes_ns", "content_sha256")))
+
+    @property
+    def failed(self) -> Failures:
+        """The columns of the failures as they are stored."""
+        return Failures(*(self._column(f"failures/{name}") for name in ("ids", "errors", "sizes", "mtimes_ns")))
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Where the embeddings lie, under the empty name, and every layer."""
+        layers = {name: self._matrix_of(f"layers/{name}") for name in self.layers}
+        return {"": self._matrix_of("embeddings"), **layers}
+
     def _column(self, name: str) -> Any:
-        with self._file() as file:
-            try:
-                return file[name][()]
-            except KeyError as error:
-                raise StoreFormatError(f"{self.path} has no dataset /{name}; the file is damaged") from error
+        found = self._dataset(name)
+        return self._file.array(found.offset, found.shape, found.dtype)
 
     def _texts(self, name: str) -> list[str]:
         return schema.decode_texts(self._column(name))
+
+
+_TEXT = ("S",)
+# Of each column every store has: the types that it may have, and its shape behind the rows.
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "ids": (_TEXT, ()),
+    "sizes": (("u8",), ()),
+    "mtimes_ns": (("i8",), ()),
+    "content_sha256": (("u1",), (32,)),
+    "failures/ids": (_TEXT, ()),
+    "failures/errors": (_TEXT, ()),
+    "failures/sizes": (("u8",), ()),
+    "failures/mtimes_ns": (("i8",), ()),
+}
+_LABELS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"labels": (("i4",), ()), "label_names": (_TEXT, ())}
+
+
+def _reopen(path: Path, layer: str | None, content_id: str) -> Store:
+    """Open a store that was pickled in another process, and make sure that it is still the same one."""
+    store = Store.open(path, layer=layer)
+    if store.content_id != content_id:
+        raise StoreFormatError(f"{path} was replaced by another store since it was opened; open it again")
+    return store

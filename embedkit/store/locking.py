@@ -1,0 +1,137 @@
+"""One writer for each store: a lock that the kernel lets go of when its holder dies."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from embedkit.errors import StoreBusyError
+from embedkit.store.durable import sync_folder, write_all
+
+# Long enough for another process that only looks whether the lock is held.
+_PATIENCE_SECONDS = 0.5
+
+
+def parts_folder(path: Path) -> Path:
+    """Return the folder where a store is made before it has its name."""
+    return path.with_name(f"{path.name}.parts")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that writes a store now."""
+
+    pid: int
+    host: str
+    since: str
+
+
+class Lock:
+    """Holds ``FOLDER/lock`` while it is entered; the folder is made, and goes with the lock when it is empty.
+
+    Raises
+    ------
+    StoreBusyError
+        When another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "lock"
+        self._handle = -1
+
+    def __enter__(self) -> Lock:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not self._acquire():
+            if time.monotonic() > deadline:
+                other = holder(self.folder)
+                raise StoreBusyError(
+                    self.folder.with_suffix(""), other.pid if other else 0, other.host if other else ""
+                )
+            time.sleep(0.02)
+        return self
+
+    def _acquire(self) -> bool:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(exist_ok=True)
+            sync_folder(self.folder.parent)
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            return False  # The last holder removed the folder just now.
+        if not _lock(handle, exclusive=True) or not self._is_current(handle):
+            os.close(handle)
+            return False
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        os.ftruncate(handle, 0)
+        write_all(handle, json.dumps(note).encode())
+        self._handle = handle
+        return True
+
+    def _is_current(self, handle: int) -> bool:
+        """Return whether the locked file still has its name: its folder may have been removed meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.listdir(self.folder) == ["lock"]:
+            if os.name == "nt":
+                os.close(self._handle)  # Windows removes no open file.
+                self._handle = -1
+            self.path.unlink()
+            self.folder.rmdir()
+            sync_folder(self.folder.parent)
+        if self._handle >= 0:
+            os.close(self._handle)
+
+
+def holder(folder: Path) -> Holder | None:
+    """Return who holds the lock of a folder, or None."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if _lock(handle, exclusive=False):
+            return None
+        try:
+            note = json.loads(os.read(handle, 4096))
+            return Holder(int(note["pid"]), str(note["host"]), str(note["since"]))
+        except (ValueError, KeyError, TypeError):
+            return Holder(0, "unknown", "")  # Caught between taking the lock and signing it.
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, *, exclusive: bool) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

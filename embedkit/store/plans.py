@@ -1,0 +1,116 @@
+"""What an unfinished run computes, and the note in which it says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.spec import EmbeddingSpec, canonical_json
+from embedkit.store import durable
+from embedkit.store import format as schema
+from embedkit.store.assembling import Header
+
+RUN_FORMAT = "embedkit-run"
+NOTE = "run.json"
+
+log = logging.getLogger("embedkit")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images are computed, in which parts: part ``first + i`` is the i-th slice of the sorted ids.
+
+    It does not say on how many processors or machines, and the finished store does not depend on `part_size`.
+    """
+
+    first: int
+    part_size: int
+    batch_size: int
+    ids: npt.NDArray[Any]
+
+    @property
+    def parts(self) -> range:
+        """Numbers of the parts."""
+        return range(self.first, self.first + -(-len(self.ids) // self.part_size))
+
+    def part(self, number: int) -> npt.NDArray[Any]:
+        """Return the ids of one part."""
+        start = (number - self.first) * self.part_size
+        return self.ids[start : start + self.part_size]
+
+
+NO_PLAN = Plan(0, 1, 1, np.empty(0, dtype="S1"))
+
+
+def run_digest(spec: EmbeddingSpec, layers: Mapping[str, EmbeddingSpec]) -> str:
+    """Return the digest of all specs of a store: that of its embeddings when it has no layers."""
+    if not layers:
+        return spec.digest
+    named = sorted([name, layer.digest] for name, layer in layers.items())
+    return hashlib.sha256(canonical_json([spec.digest, named]).encode()).hexdigest()
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """Return what an unfinished run says of itself; None where there is none, or none that can be read."""
+    path = folder / NOTE
+    if not path.exists():
+        return None
+    try:
+        note = json.loads(path.read_bytes())
+        if note["format"] != RUN_FORMAT or note["schema_version"] != schema.SCHEMA_VERSION:
+            raise ValueError(f"it is {note['format']!r}, schema {note['schema_version']}")
+        for name in ("run_id", "digest", "identity", "layers", "created", "information", "plan"):
+            note[name]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("%s cannot be read and is set aside; whole parts are still used: %s", path, error)
+        os.replace(path, path.with_suffix(".bad"))
+        return None
+    return dict(note)
+
+
+def read_plan(folder: Path, note: Mapping[str, Any]) -> Plan:
+    """Return the plan that a note names; an empty one when its ids are lost, for parts know their own."""
+    values = note["plan"]
+    try:
+        ids = (folder / os.path.basename(values["ids"])).read_bytes()
+        if hashlib.sha256(ids).hexdigest() != values["ids_sha256"]:
+            raise ValueError("its ids do not match their hash")
+        return Plan(values["first"], values["part_size"], values["batch_size"], np.array(ids.split(b"\0")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the plan in %s is lost and made again; whole parts are still used: %s", folder, error)
+        return NO_PLAN
+
+
+def write_note(folder: Path, header: Header, base: str | None, plan: Plan) -> None:
+    """Write a plan down, durably: first its ids, then the note that names them."""
+    ids = b"\0".join(plan.ids.tolist())
+    sha256 = hashlib.sha256(ids).hexdigest()
+    name = f"ids-{plan.first:06}-{sha256[:16]}"
+    note = {
+        "format": RUN_FORMAT,
+        "schema_version": schema.SCHEMA_VERSION,
+        "run_id": header.run_id,
+        "created": header.created,
+        "digest": run_digest(header.spec, header.layers),
+        "identity": header.spec.to_dict(),
+        "layers": {layer: spec.to_dict() for layer, spec in header.layers.items()},
+        "information": dict(header.information),
+        "base": base,
+        "plan": {
+            "first": plan.first, "part_size": plan.part_size, "batch_size": plan.batch_size, "count": len(plan.ids),
+            "ids": name, "ids_sha256": sha256,
+        },
+    }  # fmt: skip
+    for target, data in ((name, ids), (NOTE, canonical_json(note).encode())):
+        with durable.aside(folder) as path:
+            durable.write_durably(path, data)
+            durable.publish_over(path, folder / target)

@@ -1,0 +1,328 @@
+"""Run: an extraction in progress, which survives being killed at any moment.
+
+``X.h5.parts/`` holds everything until the store is published: the lock, ``run.json`` (what is computed, and how it is
+cut into parts), the list of ids, and the parts themselves. ``docs/store-format.md`` describes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.errors import EmbedkitError, SpecMismatchError, StoreExistsError, StoreFormatError
+from embedkit.spec import EmbeddingSpec
+from embedkit.store import durable
+from embedkit.store import format as schema
+from embedkit.store.assembling import Header, write_store
+from embedkit.store.knowledge import Damage, Known, at, find_damage, gather_known, same_content, unchanged
+from embedkit.store.locking import Lock, parts_folder
+from embedkit.store.parts import Part, Rows, read_parts, write_part
+from embedkit.store.plans import NO_PLAN, NOTE, Plan, read_note, read_plan, run_digest, write_note
+from embedkit.store.reader import Store
+from embedkit.store.tables import Inventory, lookup
+from embedkit.store.updates import Changes, Update, content_of, is_same
+from embedkit.store.verification import verify
+from embedkit.store.writer import refuse_existing
+
+log = logging.getLogger("embedkit")
+
+
+class Run:
+    """An extraction in progress. Entering it takes the store's lock and finds what an earlier run left.
+
+    Parameters
+    ----------
+    path : path-like
+        The store to make or update.
+    spec : EmbeddingSpec
+        Of its embeddings.
+    layers : mapping of str to EmbeddingSpec, optional
+        Of its layers.
+    information : mapping, optional
+        JSON values that explain the run without deciding the numbers.
+    overwrite : bool, default False
+        Whether a store at `path` is replaced instead of updated.
+    repair : bool, default False
+        Whether rows of the store whose checksums do not match are computed again. Otherwise they are an error.
+    progress : callable, optional
+        Called with parts verified and parts there are.
+
+    Raises
+    ------
+    StoreBusyError
+        When another process holds the lock.
+    SpecMismatchError
+        When the store, or the unfinished run, was made otherwise, naming the fields that differ.
+    StoreFormatError
+        When the store is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spec: EmbeddingSpec,
+        *,
+        layers: Mapping[str, EmbeddingSpec] | None = None,
+        information: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        repair: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.folder = parts_folder(self.path)
+        refuse_existing(self.path, overwrite=True)
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.header = Header(spec, uuid.uuid4().hex, created, dict(layers or {}), dict(information or {}))
+        self.base: Store | None = None
+        self.parts: dict[str, Part] = {}
+        self.plan = NO_PLAN
+        self._overwrite, self._repair, self._progress = overwrite, repair, progress
+        self._damage = Damage()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Run:
+        self._stack.enter_context(Lock(self.folder))
+        try:
+            self._recover()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _recover(self) -> None:
+        """Find what an earlier run left: nothing, parts to go on with, or a published store that was not tidied up."""
+        for leftover in self.folder.glob(f"{durable.ASIDE}*"):
+            leftover.unlink()
+        note = read_note(self.folder)
+        if note is not None and published_run(self.path) == note["run_id"]:
+            self._tidy()
+            note = None
+        if self.path.exists() and not self._overwrite:
+            self.base = Store.open(self.path)
+            require_same_specs(
+                f"{self.path} was made otherwise; choose another name, or replace it with --overwrite",
+                (self.base.spec, self.base.layers), (self.header.spec, self.header.layers),
+            )  # fmt: skip
+            self._damage = find_damage(self.base) if self._repair else self._damage
+        if note is not None:
+            self._resume(note)
+        self.parts = read_parts(self.folder, self.digest, progress=self._progress)
+
+    def _resume(self, note: dict[str, Any]) -> None:
+        if note["digest"] != self.digest:
+            if self._overwrite:
+                self._tidy()
+                return
+            specs = {name: EmbeddingSpec.from_dict(values) for name, values in note["layers"].items()}
+            require_same_specs(
+                f"{self.folder} holds an unfinished run that was begun otherwise; finish it as it was begun, or drop "
+                "it with --overwrite",
+                (EmbeddingSpec.from_dict(note["identity"]), specs), (self.header.spec, self.header.layers),
+            )  # fmt: skip
+        self.header = dataclasses.replace(
+            self.header, run_id=note["run_id"], created=note["created"], information=note["information"]
+        )
+        self.plan = read_plan(self.folder, note)
+
+    @property
+    def digest(self) -> str:
+        """What every part must have been made with: the digest of all specs."""
+        return run_digest(self.header.spec, self.header.layers)
+
+    def prepare(
+        self,
+        inventory: Inventory,
+        hashes: Callable[[list[int]], Iterable[tuple[int, bytes]]],
+        *,
+        part_size: Callable[[int], int],
+        batch_size: int,
+        checksum: bool = False,
+        retry_failed: bool = False,
+    ) -> Update:
+        """Decide what is to be computed, and write the plan down before any of it is.
+
+        Parameters
+        ----------
+        inventory : Inventory
+            What the store should hold.
+        hashes : callable
+            Returns number and SHA-256 of those images, of the given ones, that can be read.
+        part_size : callable
+            Returns the size of a part for a number of images to compute; asked when a plan is made.
+        batch_size : int
+            Images a forward pass.
+        checksum : bool, default False
+            Whether an image is unchanged only when its content is, whatever its size and modification time.
+        retry_failed : bool, default False
+            Whether images that failed before are tried again.
+        """
+        known = gather_known(self.base, self.parts.values())
+        usable, timely = self._damage.masks(known)
+        entry, settled = unchanged(known, inventory, retry_failed=retry_failed)
+        found = entry >= 0
+        computed = found & (at(known.source, entry) >= (self.base is not None))  # By this run, when it was begun.
+        settled &= at(usable, entry) & (computed | (at(timely, entry) & (not checksum)))
+        pending = self._pending()
+        waiting = lookup(pending, inventory.ids) >= 0
+        kept = self._same_content(known, usable, inventory, entry, ~settled & ~waiting, hashes, any_size=checksum)
+        missing = ~settled
+        missing[list(kept)] = False
+        self._refuse_a_stranger(inventory, known, entry, kept)
+        plan, todo = self._plan_for(inventory.ids[missing], pending, part_size, batch_size)
+        self._warn_about_space(int(missing.sum()), len(inventory))
+        own = np.array([entry[image] == at for image, at in kept.items()], dtype=bool)
+        failed = found & at(known.failed, entry)
+        base_ids = self.base.images.ids if self.base is not None else inventory.ids[:0]
+        changes = Changes(
+            unchanged=int((settled & ~computed).sum() + own.sum()),
+            resumed=int((settled & computed).sum()),
+            moved=int((~own).sum()),
+            new=int((missing & ~found).sum()),
+            changed=int((missing & found & ~failed & at(usable, entry)).sum()),
+            retried=int((missing & failed).sum()),
+            repaired=int((missing & found & ~failed & ~at(usable, entry)).sum()),
+            deleted=int((lookup(inventory.ids, base_ids) < 0).sum()),
+        )
+        failures = known.failures(entry[settled & failed])
+        reasons = zip(schema.decode_texts(failures.ids), schema.decode_texts(failures.errors), strict=True)
+        return Update(inventory, known, kept, plan, todo, list(reasons), changes)
+
+    def _pending(self) -> npt.NDArray[Any]:
+        """Return the ids of the plan's parts that are not written yet."""
+        written = {part.sequence for part in self.parts.values()}
+        return np.concatenate([self.plan.ids[:0], *(self.plan.part(k) for k in self.plan.parts if k not in written)])
+
+    def _same_content(
+        self,
+        known: Known,
+        usable: npt.NDArray[np.bool_],
+        inventory: Inventory,
+        entry: npt.NDArray[np.int64],
+        unsettled: npt.NDArray[np.bool_],
+        hashes: Callable[[list[int]], Iterable[tuple[int, bytes]]],
+        *,
+        any_size: bool,
+    ) -> dict[int, int]:
+        """Return the images whose content is known; a file is read for that only when its size is that of one."""
+        sizes = np.unique(known.sizes[usable & ~known.failed])
+        at = np.searchsorted(sizes, inventory.sizes.astype(np.uint64)).clip(max=max(0, len(sizes) - 1))
+        likely = unsettled & (sizes[at] == inventory.sizes) if len(sizes) else np.zeros(len(inventory), dtype=bool)
+        if any_size and len(sizes):
+            likely = unsettled  # The store may not know sizes, only hashes.
+        return same_content(known, usable, entry, hashes(np.flatnonzero(likely).tolist()))
+
+    def _refuse_a_stranger(
+        self, inventory: Inventory, known: Known, entry: npt.NDArray[np.int64], kept: Mapping[int, int]
+    ) -> None:
+        """Raise when an update would drop every row there is: that is another folder, not a new state of this one."""
+        if self.base is None or not len(self.base):
+            return
+        of_base = at(known.source, entry) == 0
+        if not (of_base & (entry >= 0) & ~at(known.failed, entry)).any() and not kept:
+            raise StoreExistsError(
+                f"{self.path} holds {len(self.base):,} images of {self.base.root or 'another folder'}, and none of "
+                "them is among these; choose another name, or replace it with --overwrite"
+            )
+
+    def _plan_for(
+        self, missing: npt.NDArray[Any], pending: npt.NDArray[Any], part_size: Callable[[int], int], batch_size: int
+    ) -> tuple[Plan, list[int]]:
+        """Return the plan that stands when it covers what is missing, otherwise a new one, written down."""
+        written = {part.sequence for part in self.parts.values()}
+        if not np.array_equal(missing, pending):
+            first = max([self.plan.parts.stop, *(number + 1 for number in written)])
+            batches = max(1, part_size(len(missing)) // batch_size)
+            self.plan = Plan(first, batches * batch_size, batch_size, missing)
+            if len(missing):
+                write_note(self.folder, self.header, None if self.base is None else self.base.content_id, self.plan)
+        return self.plan, [number for number in self.plan.parts if number not in written]
+
+    def _warn_about_space(self, missing: int, total: int) -> None:
+        width = 4 * sum(spec.dim for spec in (self.header.spec, *self.header.layers.values()))
+        needed, free = (missing + total) * width if missing else 0, durable.free_bytes(self.folder)
+        if needed > free:
+            log.warning(
+                "%s needs about %.1f GB until it is finished, and %.1f GB are free; when the disk is full the run "
+                "stops, and goes on where it stopped once there is space",
+                self.path, needed / 1e9, free / 1e9,
+            )  # fmt: skip
+
+    def write(self, number: int, rows: Rows) -> None:
+        """Write one part of the plan durably."""
+        write_part(self.folder, number, self.digest, self.header.run_id, rows)
+
+    def finalise(self, update: Update, *, progress: Callable[[int, int], None] | None = None) -> bool:
+        """Publish the store that holds the update's inventory, and return whether it differs from the one before.
+
+        Raises
+        ------
+        StoreFormatError
+            When a part is missing, or the store that is updated is damaged.
+        OSError
+            When the disk is full; all parts are kept.
+        """
+        earlier = set(self.parts)
+        self.parts = read_parts(self.folder, self.digest, self.parts)
+        new = [part for name, part in self.parts.items() if name not in earlier]
+        # In the order of before, so that what was decided about sources still holds.
+        sources = [source for source in update.known.sources if isinstance(source, Part)]
+        content = content_of(self.header, update, gather_known(self.base, [*sources, *new]))
+        changed = self.base is None or not is_same(self.base, content)
+        if changed:
+            if self.base is not None and not self._repair:
+                for problem in verify(self.base.path, progress=progress):
+                    raise StoreFormatError(
+                        f"{self.path} is damaged and cannot be copied as it is: {problem}; what was computed is kept, "
+                        "run the same command with --repair"
+                    )
+            with durable.aside(self.folder) as path:
+                write_store(path, self.header, content)
+                durable.publish_over(path, self.path)
+        self._tidy()
+        return changed
+
+    def abandon(self) -> None:
+        """Remove what the run computed."""
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what a run leaves once its store is published; the note last, for it says that this may be done."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == NOTE):
+            if path.name != "lock":
+                path.unlink()
+        durable.sync_folder(self.folder)
+        self.parts, self.plan = {}, NO_PLAN
+
+
+Specs = tuple[EmbeddingSpec, Mapping[str, EmbeddingSpec]]
+
+
+def require_same_specs(message: str, left: Specs, right: Specs) -> None:
+    """Raise SpecMismatchError unless two stores have the same embeddings and layers."""
+    left[0].require_same(right[0], message)
+    if run_digest(*left) != run_digest(*right):
+        raise SpecMismatchError(message, {"layers": (sorted(left[1]), sorted(right[1]))})
+
+
+def published_run(path: Path) -> str | None:
+    """Return the run that made a store, None where there is none that can be opened."""
+    try:
+        return Store.open(path).run_id
+    except EmbedkitError:
+        return None

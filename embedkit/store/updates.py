@@ -1,0 +1,117 @@
+"""What changes between a store and the images there are now, and the store that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedkit.errors import StoreFormatError
+from embedkit.store.assembling import Content, Gather, Header, narrowed
+from embedkit.store.knowledge import Known, at
+from embedkit.store.plans import Plan
+from embedkit.store.reader import Store
+from embedkit.store.tables import Failures, Images, Inventory, lookup
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an extraction found, in images.
+
+    Attributes
+    ----------
+    unchanged : int
+        Kept from the store, by size and modification time, or by content.
+    resumed : int
+        Computed already by an unfinished run.
+    moved : int
+        Kept because the same content was known under another id.
+    new, changed, retried, repaired : int
+        To compute: never seen, seen with other content, failed before, damaged in the store.
+    deleted : int
+        In the store, and no longer among the images.
+    """
+
+    unchanged: int = 0
+    resumed: int = 0
+    moved: int = 0
+    new: int = 0
+    changed: int = 0
+    retried: int = 0
+    repaired: int = 0
+    deleted: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a run has to do so that its store holds an inventory.
+
+    Attributes
+    ----------
+    inventory : Inventory
+    known : Known
+        What was known when the run began.
+    kept : dict of int to int
+        Images, by number, that keep the row of an entry with the same content.
+    plan : Plan
+    todo : list of int
+        Parts of the plan that are still to be written.
+    failures : list of (str, str)
+        Id and reason of the images that failed before and are not tried again.
+    changes : Changes
+    """
+
+    inventory: Inventory
+    known: Known
+    kept: dict[int, int]
+    plan: Plan
+    todo: list[int]
+    failures: list[tuple[str, str]]
+    changes: Changes
+
+
+def content_of(header: Header, update: Update, known: Known) -> Content:
+    """Return the store that holds an update's inventory, from what is known now that its parts are written."""
+    inventory = update.inventory
+    entry = lookup(known.ids, inventory.ids)
+    source, row, failed = (at(column, entry) for column in (known.source, known.row, known.failed))
+    sizes, mtimes, hashes = (at(column, entry) for column in (known.sizes, known.mtimes_ns, known.content_sha256))
+    if update.kept:
+        images, before = (np.array(list(numbers), dtype=np.int64) for numbers in (update.kept, update.kept.values()))
+        source[images], row[images], failed[images] = update.known.source[before], update.known.row[before], False
+        sizes[images], mtimes[images] = inventory.sizes[images], inventory.mtimes_ns[images]
+        hashes[images], entry[images] = update.known.content_sha256[before], 0
+    if (entry < 0).any():
+        raise StoreFormatError(f"{int((entry < 0).sum()):,} rows of the plan are missing; run again")
+    good = np.flatnonzero(~failed)
+    nothing = [0] * len(inventory.failures)
+    listed = Failures.of(
+        [id for id, _ in inventory.failures], [reason for _, reason in inventory.failures], nothing, nothing
+    )
+    failures = Failures.join([known.failures(entry[failed]), listed])
+    gathers = {
+        name: Gather(known.matrices(name), source[good], row[good], spec.dim)
+        for name, spec in {"": header.spec, **header.layers}.items()
+    }
+    return Content(
+        Images(inventory.ids[good], sizes[good], mtimes[good], hashes[good]),
+        failures.take(np.argsort(failures.ids, kind="stable")),
+        None if inventory.labels is None else inventory.labels[good],
+        inventory.classes,
+        gathers.pop(""),
+        gathers,
+    )
+
+
+def is_same(base: Store, content: Content) -> bool:
+    """Return whether a store to be holds what there is already, times included."""
+    rows = content.embeddings
+    if len(base) != len(rows.rows) or rows.which.any() or not np.array_equal(rows.rows, np.arange(len(base))):
+        return False
+    tables = ((base.images, content.images), (base.failed, content.failures))
+    if not all(np.array_equal(vars(old)[name], vars(new)[name]) for old, new in tables for name in vars(old)):
+        return False
+    labels, classes = narrowed(content.labels, content.classes)
+    return base.classes == classes and (
+        labels is None or (base.labels is not None and np.array_equal(base.labels, labels))
+    )

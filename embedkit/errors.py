@@ -11,7 +11,8 @@ Every one of them is an :class:`EmbedkitError`, and each leaf also inherits the 
     ├─ BackboneError(ValueError)               an unknown model, or weights that cannot be had or do not fit
     ├─ ImageError(ValueError)                  an image that cannot be read
     ├─ EmbeddingShapeError(ValueError)         vectors of another width
-    └─ EvaluationError(ValueError)             labels or a split from which no honest number can be made
+    ├─ EvaluationError(ValueError)             labels or a split from which no honest number can be made
+    └─ MissingExtraError(ImportError)          an optional package that is not installed
 
 A message says what was found, what was expected and what to do next. The command line turns an EmbedkitError into one
 line and exit code 1; any other exception is a bug of ours and keeps its traceback.
@@ -134,3 +135,22 @@ class EmbeddingShapeError(EmbedkitError, ValueError):
 
 class EvaluationError(EmbedkitError, ValueError):
     """Labels or a split from which no honest number can be made."""
+
+
+class MissingExtraError(EmbedkitError, ImportError):
+    """A package is needed that embedkit installs only on demand.
+
+    Parameters
+    ----------
+    package : str
+        What cannot be imported.
+    extra : str
+        The extra that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"this needs {package}, which is not installed: pip install 'embedkit[{extra}]'")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MissingExtraError, (self.package, self.extra)

@@ -64,6 +64,7 @@ def extract(
     *,
     layers: Sequence[str] = (),
     batch_size: int = 32,
+    part_size: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     checksum: bool = False,
@@ -95,6 +96,9 @@ def extract(
         `Store.open` has them by their names.
     batch_size : int, default 32
         Images a forward pass. Larger ones gain nothing on a processor and need memory.
+    part_size : int, optional
+        Images that are written at a time, rounded down to whole batches. By default as many as take two seconds, for
+        that is what a kill costs. The store does not depend on it.
     workers : int, optional
         Decoding threads; by default one for each usable processor.
     overwrite : bool, default False
@@ -145,7 +149,7 @@ def extract(
         update = run.prepare(
             _inventory(listing),
             lambda numbers: _hashes(listing.files, numbers, workers),
-            part_size=lambda count: _part_size(backbone, tuple(specs), batch_size, count),
+            part_size=lambda count: part_size or _part_size(backbone, tuple(specs), batch_size, count),
             batch_size=batch_size,
             checksum=checksum,
             retry_failed=retry_failed,

@@ -51,7 +51,8 @@ def test_defaults_are_those_of_the_function(command: str, function: Callable[...
         if isinstance(option, click.Option) and option.name in signature and not option.required:
             default = option.get_default(click.Context(main.commands[command]))
             empty = default in (None, ()) or "UNSET" in repr(default).upper()
-            assert (None if empty else default) == signature[option.name].default, option.name
+            expected = signature[option.name].default
+            assert (None if empty else default) == (None if expected == () else expected), option.name
             compared += 1
     assert compared or command == "models"
 
@@ -122,7 +123,9 @@ def test_errors_are_one_message_without_a_traceback(
     assert "page.html: No such file or directory" in page.stderr
     assert "name an image to search with" in run("search", store, code=2).stderr
     assert "has no id 'nope'" in run("search", store, "--id", "nope", code=2).stderr
-    assert "exists already" in run("extract", tmp_path, "-o", store, "-m", tiny_backbone, code=1).stderr
+    assert "is a folder" in run("extract", photos, "-o", tmp_path, "-m", tiny_backbone, code=1).stderr
+    other = run("extract", photos, "-o", store, "-m", tiny_backbone, "--pool", "max", code=1)
+    assert "pool: 'default' != 'max'" in other.stderr
 
 
 def _foreign(folder: Path) -> Path:
@@ -211,7 +214,7 @@ def test_names_that_are_not_utf8_pass_through_a_pipe_unchanged(
     assert b"caf\\udce9.jpg" in table.stdout
 
 
-def test_ctrl_c_leaves_nothing_and_exits_with_130(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_computed_and_exits_with_130(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
     import signal
 
     root = tmp_path / "many"
@@ -219,14 +222,20 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(photos: Path, tiny_backbone: P
     for number in range(3000):
         os.link(photos / "cat" / "1.jpg", root / f"{number}.jpg")
     process = subprocess.Popen(
-        [sys.executable, "-m", "embedkit", "extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "-j", "1"],
+        [
+            sys.executable, "-m", "embedkit", "extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "-j", "1",
+            "--part-size", "32",
+        ],
         stderr=subprocess.PIPE,
-        bufsize=0,
-    )
-    assert process.stderr is not None
-    while b"images/s" not in process.stderr.read(1000):  # until the bar appears, after the first batch
-        pass
+    )  # fmt: skip
+    while ek.Store.status(tmp_path / "s.h5").committed < 32:
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate()
     assert process.returncode == 130 and b"interrupted" in rest and b"Traceback" not in rest
-    assert sorted(os.listdir(tmp_path)) == ["many"]
+    assert sorted(os.listdir(tmp_path)) == ["many", "s.h5.parts"]
+    assert b"the same command goes on from there" in rest
+    assert "unfinished" in run("status", tmp_path / "s.h5").stdout
+    resumed = run("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone)
+    assert re.search(r"\d+ resumed, [\d,]+ new", resumed.stderr) and "3,000 images" in resumed.stdout, resumed.stderr
+    assert run("status", tmp_path / "s.h5").stdout.endswith("finished; the store has 3,000 rows\n")

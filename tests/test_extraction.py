@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from embedkit import Backbone, ImageError, Store, StoreExistsError, extract
+from embedkit import Backbone, ImageError, extract
 from embedkit.backbones import import_timm
 from embedkit.extraction import Progress
+from embedkit.store import Changes
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,9 @@ def test_bad_images_are_named_and_cost_no_other_image(hostile: Path, backbone: B
 def test_progress_ends_at_the_total_and_counts_failures(hostile: Path, backbone: Backbone, tmp_path: Path) -> None:
     seen: list[Progress] = []
     extract(hostile, tmp_path / "s.h5", backbone, batch_size=4, progress=seen.append)
-    assert seen[-1] == Progress(done=22, total=22, failed=6)
+    assert seen[-1] == Progress(done=22, total=22, failed=6, kept=2, committed=22, changes=Changes(new=20))
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen) and len(seen) > 1
+    assert all(progress.committed <= progress.done for progress in seen)
 
 
 def test_nothing_is_written_when_no_image_can_be_read(backbone: Backbone, tmp_path: Path) -> None:
@@ -101,21 +103,10 @@ def test_nothing_is_written_when_no_image_can_be_read(backbone: Backbone, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["bad"]
 
 
-def test_a_store_that_exists_is_kept_unless_asked(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+def test_overwrite_makes_a_store_anew(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
     first = extract(photos, tmp_path / "s.h5", backbone)
-    with pytest.raises(StoreExistsError):
-        extract(photos, tmp_path / "s.h5", backbone)
-    assert Store.open(tmp_path / "s.h5").run_id == first.run_id
-    assert extract(photos, tmp_path / "s.h5", backbone, overwrite=True).run_id != first.run_id
-
-
-def test_an_interrupted_run_leaves_nothing_behind(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(photos, tmp_path / "s.h5", backbone, batch_size=4, progress=interrupt)
-    assert os.listdir(tmp_path) == []
+    second = extract(photos, tmp_path / "s.h5", backbone, overwrite=True)
+    assert second.run_id != first.run_id and second.content_id == first.content_id
 
 
 def test_the_classifier_on_stored_embeddings_gives_the_models_logits(

@@ -21,10 +21,12 @@ def test_the_public_names_are_exactly_these() -> None:
         "EvaluationError",
         "ImageError",
         "Index",
+        "MissingExtraError",
         "Preprocessing",
         "Report",
         "SpecMismatchError",
         "Store",
+        "StoreBusyError",
         "StoreExistsError",
         "StoreFormatError",
         "StoreNotFoundError",
@@ -50,6 +52,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_every_error_is_ours_and_the_builtin_a_caller_would_guess() -> None:
     builtins = {"StoreNotFoundError": FileNotFoundError, "StoreExistsError": FileExistsError}
+    builtins |= {"StoreBusyError": BlockingIOError, "MissingExtraError": ImportError}
     for name in embedkit.__all__:
         if name.endswith("Error") and name != "EmbedkitError":
             error = getattr(embedkit, name)

@@ -202,7 +202,7 @@ def test_open_refuses_columns_of_another_length_and_a_chunked_matrix(tmp_path: P
     with h5py.File(tmp_path / "s.h5", "r+", libver=("v108", "v108")) as file:
         del file["sizes"]
         file["sizes"] = np.zeros(2, dtype="<u8")
-    with pytest.raises(StoreFormatError, match=r"/sizes has shape \(2,\) for 1 rows"):
+    with pytest.raises(StoreFormatError, match=r"/sizes is uint64 of shape \(2,\) for 1 rows"):
         Store.open(tmp_path / "s.h5")
     write(tmp_path / "s.h5", ["a.jpg"], np.ones((1, 3)))
     with h5py.File(tmp_path / "s.h5", "r+", libver=("v108", "v108")) as file:

@@ -16,13 +16,21 @@ from embedkit.cli.options import FILE, backbone_options, device_option, json_opt
 
 @click.command()
 @click.argument("images", type=FILE)
-@click.option("-o", "--output", type=FILE, required=True, help="The store to make, such as photos.h5.")
+@click.option("-o", "--output", type=FILE, required=True, help="The store to make or update, such as photos.h5.")
 @click.option("-m", "--model", required=True, help="timm name, weight file, JSON sidecar, or folder with one.")
 @backbone_options
+@click.option(
+    "--layer", "layers", multiple=True, metavar="POOL",
+    help="One more embedding from the same pass, such as avg or layer3:avg; may be repeated.",
+)  # fmt: skip
 @device_option
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images a pass.")
+@click.option("--part-size", type=click.IntRange(1), help="Images written at a time.  [default: 2 s of work]")
 @click.option("-j", "--workers", type=click.IntRange(1), help="Decoding threads.  [default: one a processor]")
-@click.option("--overwrite", is_flag=True, help="Replace a store that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace a store that exists instead of updating it.")
+@click.option("--checksum", is_flag=True, help="Tell changed images by content, whatever their time says.")
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
+@click.option("--repair", is_flag=True, help="Compute rows again that do not match their checksums.")
 @json_option
 @quiet_option
 @click.pass_context
@@ -32,18 +40,27 @@ def extract(
     images: Path,
     output: Path,
     model: str,
+    layers: tuple[str, ...],
     device: str,
     batch_size: int,
+    part_size: int | None,
     workers: int | None,
     overwrite: bool,
+    checksum: bool,
+    retry_failed: bool,
+    repair: bool,
     as_json: bool,
     quiet: bool,
     **backbone_arguments: Any,
 ) -> None:
-    """Embed every image below the folder IMAGES into one store.
+    """Embed every image below the folder IMAGES into one store, or bring a store up to date with them.
 
     When no image lies in IMAGES itself, the first folder below it is each image's class. An image that cannot be read
     is recorded with its reason and never replaced; the exit code is then 3.
+
+    A run that was interrupted goes on where it stopped when the same command is given again. Of a store that exists,
+    unchanged images are kept without reading them, moved ones are recognised by their content, and only new and
+    changed ones are computed.
     """
     from embedkit.backbones import Backbone
     from embedkit.extraction import extract as extract_images
@@ -53,13 +70,14 @@ def extract(
     printing.notice(f"backbone: {backbone.description}", quiet)
     with printing.ImageBar(quiet) as bar:
         store = extract_images(
-            images, output, backbone, batch_size=batch_size, workers=workers, overwrite=overwrite, progress=bar.update
-        )
+            images, output, backbone, layers=layers, batch_size=batch_size, part_size=part_size, workers=workers,
+            overwrite=overwrite, checksum=checksum, retry_failed=retry_failed, repair=repair, progress=bar.update,
+        )  # fmt: skip
     seconds = time.perf_counter() - started
     printing.failures(store, quiet)
     if as_json:
-        rate = round(bar.images_per_second, 2)
-        click.echo(json.dumps({**store.summary(), "seconds": round(seconds, 3), "images_per_second": rate}))
+        measured = {"seconds": round(seconds, 3), "images_per_second": round(bar.images_per_second, 2)}
+        click.echo(json.dumps({**store.summary(), **measured, "changes": bar.changes}))
     else:
         click.echo(printing.extraction_line(store, seconds, bar.images_per_second))
     ctx.exit(3 if store.failures else 0)

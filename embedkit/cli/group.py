@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from typing import Any
 
@@ -10,6 +11,8 @@ import click
 
 from embedkit import __version__
 from embedkit.cli.commands import extract, info, models, probe, search
+from embedkit.cli.printing import NoticeHandler
+from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
 from embedkit.errors import EmbedkitError
 from embedkit.text import printable
 
@@ -18,6 +21,9 @@ class _Group(click.Group):
     """Turns our errors and the system's into one message and exit code 1, and Ctrl-C into exit code 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        log, handler = logging.getLogger("embedkit"), NoticeHandler()
+        log.addHandler(handler)
+        ctx.call_on_close(lambda: log.removeHandler(handler))
         try:
             return super().invoke(ctx)
         except EmbedkitError as error:
@@ -30,7 +36,7 @@ class _Group(click.Group):
             click.echo(printable(f"error: {os.fsdecode(error.filename)}: {error.strerror}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted; a store appears only when it is whole", err=True)
+            click.echo("\ninterrupted; a store appears only when it is whole, and what is computed is kept", err=True)
             ctx.exit(130)
 
 
@@ -44,5 +50,7 @@ def main() -> None:
     """
 
 
-for _command in (extract, info, search, probe, models):
+for _command in (
+    extract, info, status, verify, merge, select, export_store, import_store, search, probe, models,
+):  # fmt: skip
     main.add_command(_command)

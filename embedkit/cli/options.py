@@ -79,6 +79,7 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text for people.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists at the output.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
 
 

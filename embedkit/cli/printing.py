@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +23,25 @@ if TYPE_CHECKING:
     from embedkit.backbones import ModelInfo
     from embedkit.extraction import Progress
     from embedkit.index import SearchResult
-    from embedkit.store import Store
+    from embedkit.store import Status, Store
 
 SHOWN_FAILURES = 10
 SHOWN_CLASSES = 30
 
 
 def notice(line: str, quiet: bool = False) -> None:
-    """Print one line for people on standard error."""
+    """Print one line for people on standard error, above a progress bar where there is one."""
     if not quiet:
-        click.echo(printable(line), err=True)
+        tqdm.write(printable(line), file=sys.stderr)  # type: ignore[operator]
+
+
+class NoticeHandler(logging.Handler):
+    """Prints what the library logs as notices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        notice(prefix + record.getMessage())
 
 
 class CountBar:
@@ -56,14 +67,28 @@ class CountBar:
         if self._bar is None:
             interval = 0.1 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(
-                total=total, unit=self.unit, disable=self.quiet, mininterval=interval, maxinterval=interval,
-                dynamic_ncols=True, smoothing=0.1,
+                total=total, unit=self.unit, unit_scale=self.unit == "B", disable=self.quiet, mininterval=interval,
+                maxinterval=interval, dynamic_ncols=True, smoothing=0.1, initial=done,
             )  # fmt: skip
+        if done < self._bar.n:
+            self._bar.reset(total)  # The next of several files.
         self._bar.update(done - self._bar.n)
 
 
+class RowBar(CountBar):
+    """The bar of what copies rows."""
+
+    unit = " rows"
+
+
+class ByteBar(CountBar):
+    """The bar of what reads whole stores."""
+
+    unit = "B"
+
+
 class ImageBar(CountBar):
-    """The bar of an extraction, which also measures it."""
+    """The bar of an extraction, which also measures it and says what there is to do."""
 
     unit = " images"
 
@@ -71,11 +96,19 @@ class ImageBar(CountBar):
         super().__init__(quiet)
         self._started = time.perf_counter()
         self.images_per_second = 0.0
+        self.changes: dict[str, int] = {}
 
     def update(self, progress: Progress) -> None:  # type: ignore[override]
         """Show how far an extraction is."""
-        super().update(progress.done, progress.total)
-        self.images_per_second = progress.done / max(1e-9, time.perf_counter() - self._started)
+        if not self.changes:
+            self.changes = dataclasses.asdict(progress.changes)
+            self._started = time.perf_counter()
+            found = {name: count for name, count in self.changes.items() if count}
+            if found.keys() - {"new"}:
+                notice(", ".join(f"{count:,} {name}" for name, count in found.items()), self.quiet)
+        if progress.kept < progress.total:
+            super().update(progress.done, progress.total)
+        self.images_per_second = (progress.done - progress.kept) / max(1e-9, time.perf_counter() - self._started)
         if progress.failed and self._bar is not None:
             self._bar.set_postfix_str(f"{progress.failed} failed", refresh=False)
 
@@ -94,9 +127,28 @@ def extraction_line(store: Store, seconds: float, images_per_second: float) -> s
     parts = [f"{len(store):,} images x {store.dim} {store.dtype.name}"]
     if store.classes:
         parts.append(f"{len(store.classes)} classes")
+    if store.layers:
+        parts.append(f"{len(store.layers)} layers")
     parts.append(f"{len(store.failures):,} failed")
-    parts.append(f"{seconds:.1f} s ({images_per_second:.1f} images/s)")
+    parts.append(f"{seconds:.1f} s ({images_per_second:.1f} images/s)" if images_per_second else "nothing to compute")
     return f"{printable(os.fspath(store.path))}: {', '.join(parts)}"
+
+
+def store_line(store: Store) -> str:
+    """Return the one line that says what a new store holds."""
+    classes = f", {len(store.classes)} classes" if store.classes else ""
+    return f"{printable(os.fspath(store.path))}: {len(store):,} x {store.dim} {store.dtype.name}{classes}"
+
+
+def status_line(path: Path, status: Status) -> str:
+    """Return what `embedkit status` shows to people."""
+    text = f"{printable(os.fspath(path))}: {status.state}"
+    if status.state in ("busy", "unfinished"):
+        text += f" ({status.committed:,} of {status.planned:,} images are safe"
+        text += f"; process {status.pid} on {printable(status.host or '')} since {status.since})" if status.pid else ")"
+    if status.rows is not None:
+        text += f"; the store has {status.rows:,} rows"
+    return text
 
 
 def info_text(summary: dict[str, Any]) -> str:
@@ -112,6 +164,8 @@ def info_text(summary: dict[str, Any]) -> str:
         f"  digest     {summary['digest']}",
         f"  content    {summary['content_id']}",
         *_class_lines(summary["classes"]),
+        *(["  layers"] if summary["layers"] else []),
+        *(f"    {dim:>9,}  {printable(name)}" for name, dim in summary["layers"].items()),
         *_failure_lines(summary["failures"]),
         "  spec",
         *(f"    {field:<29}{printable(json.dumps(value))}" for field, value in flat(spec).items()),

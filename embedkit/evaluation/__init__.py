@@ -2,5 +2,6 @@
 
 from embedkit.evaluation.probing import PROTOCOLS, Protocol, probe
 from embedkit.evaluation.reports import Report
+from embedkit.evaluation.splits import Split
 
-__all__ = ["PROTOCOLS", "Protocol", "Report", "probe"]
+__all__ = ["PROTOCOLS", "Protocol", "Report", "Split", "probe"]

@@ -6,6 +6,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from embedkit.errors import ImageError
 
@@ -15,8 +16,7 @@ SUFFIXES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """An image to read: its id, its path for the operating system, and its class where it has one."""
 
     id: str
@@ -164,7 +164,7 @@ _KINDS = {"p": "named pipe", "s": "socket", "b": "device", "c": "device"}
 
 def is_image_name(name: str) -> bool:
     """Return whether a file of this name counts as an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return name.lower().endswith(SUFFIXES)
 
 
 def inside(root: str | os.PathLike[str], id: str) -> Path:

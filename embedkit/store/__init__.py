@@ -4,15 +4,17 @@ Row i of every dataset is the same image. The format is described in ``docs/stor
 never written to again, only replaced by a rename.
 """
 
+from embedkit.store.combining import ON_CONFLICT, matching, merge, named, select
 from embedkit.store.parts import Rows
 from embedkit.store.reader import Failure, Store
 from embedkit.store.runs import Run
+from embedkit.store.status import Status
 from embedkit.store.tables import Failures, Images, Inventory
 from embedkit.store.updates import Changes, Update
 from embedkit.store.verification import Problem, verify
 from embedkit.store.writer import StoreWriter, refuse_existing
 
 __all__ = [
-    "Changes", "Failure", "Failures", "Images", "Inventory", "Problem", "Rows", "Run", "Store", "StoreWriter", "Update",
-    "refuse_existing", "verify",
+    "ON_CONFLICT", "Changes", "Failure", "Failures", "Images", "Inventory", "Problem", "Rows", "Run", "Status", "Store",
+    "StoreWriter", "Update", "matching", "merge", "named", "refuse_existing", "select", "verify",
 ]  # fmt: skip

@@ -102,6 +102,13 @@ class Content:
     layers: Mapping[str, Gather] = field(default_factory=dict)
 
 
+def publish(path: Path, folder: Path, header: Header, content: Content) -> None:
+    """Write a store aside in a folder of the same file system, and give it its name in place of whatever has it."""
+    with durable.aside(folder) as aside:
+        write_store(aside, header, content)
+        durable.publish_over(aside, path)
+
+
 def write_store(path: Path, header: Header, content: Content) -> None:
     """Write a store, make it durable and verify it, all under a name of its own.
 

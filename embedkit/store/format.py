@@ -6,13 +6,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.spec import canonical_json
+from embedkit.errors import StoreFormatError
+from embedkit.spec import EmbeddingSpec, canonical_json
+from embedkit.store.hdf5 import Dataset
+
+if TYPE_CHECKING:
+    import h5py
 
 FORMAT = "embedkit-store"
 SCHEMA_VERSION = 1
@@ -69,6 +74,50 @@ def identity(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name in known or name.startswith("layers/"))
 
 
+_TEXT = ("S",)
+# Of each column: the types that it may have, and its shape behind the rows.
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "ids": (_TEXT, ()),
+    "sizes": (("<u8",), ()),
+    "mtimes_ns": (("<i8",), ()),
+    "content_sha256": (("|u1",), (32,)),
+    "failures/ids": (_TEXT, ()),
+    "failures/errors": (_TEXT, ()),
+    "failures/sizes": (("<u8",), ()),
+    "failures/mtimes_ns": (("<i8",), ()),
+    "labels": (("<i4",), ()),
+    "label_names": (_TEXT, ()),
+}
+
+
+def check_columns(
+    path: Path, datasets: Mapping[str, Dataset], spec: EmbeddingSpec, layers: Mapping[str, EmbeddingSpec]
+) -> None:
+    """Raise StoreFormatError unless a store has all its datasets, in types and shapes that agree."""
+    wanted = {"embeddings": spec, **{f"layers/{name}": layer for name, layer in layers.items()}}
+    columns = [name for name in _COLUMNS if not name.startswith("label") or "labels" in datasets]
+    for name in [*wanted, *columns]:
+        if name not in datasets:
+            raise StoreFormatError(f"{path} is not an embedkit store: it has no dataset /{name}")
+    rows = {"": datasets["ids"].shape[:1], "failures/": datasets["failures/ids"].shape[:1]}
+    for name, layer in wanted.items():
+        found = datasets[name]
+        if found.shape != (*rows[""], layer.dim) or layer.dim < 1 or found.dtype.str not in ("<f4", "<f2"):
+            raise StoreFormatError(
+                f"{path}: /{name} is {found.dtype} of shape {found.shape} for {rows[''][0] if rows[''] else 0} ids; "
+                f"expected float rows of width {layer.dim}"
+            )
+    for name in columns:
+        types, tail = _COLUMNS[name]
+        found = datasets[name]
+        count = found.shape[:1] if name == "label_names" else rows["failures/" if name.startswith("failures/") else ""]
+        typed = found.dtype.str in types or found.dtype.kind in types
+        if not typed or found.shape != (*count, *tail) or len(found.shape) != 1 + len(tail):
+            raise StoreFormatError(
+                f"{path}: /{name} is {found.dtype} of shape {found.shape} for {count[0] if count else 0} rows"
+            )
+
+
 @dataclass(frozen=True)
 class Pieces:
     """A file's metadata as (offset, bytes), where its datasets lie, and how many bytes it has in all."""
@@ -92,6 +141,8 @@ def lay_out(datasets: Mapping[str, tuple[tuple[int, ...], Any]], attributes: Map
     attributes : mapping of str to mapping
         Of each dataset, and of the root under the empty path: integers and texts.
     """
+    import h5py  # A tenth of a second that reading a store need not wait for.
+
     pages = _Pages()
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_attr_phase_change(64, 0)  # All attributes in the object header, which has a checksum.
@@ -106,7 +157,7 @@ def lay_out(datasets: Mapping[str, tuple[tuple[int, ...], Any]], attributes: Map
         offsets = {}
         for path, (shape, dtype) in datasets.items():
             *groups, name = path.split("/")
-            group = file.require_group(groups[0]) if groups else file
+            group = file.require_group("/".join(groups)) if groups else file
             dataset = _create(group, name, shape, np.dtype(dtype))
             offsets[path] = dataset.id.get_offset() or 0
             _set_attributes(dataset, attributes.get(path, {}))
@@ -119,6 +170,8 @@ def lay_out(datasets: Mapping[str, tuple[tuple[int, ...], Any]], attributes: Map
 
 def _create(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> h5py.Dataset:
     """Create a contiguous dataset whose space exists at once and is not filled."""
+    import h5py
+
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -130,6 +183,8 @@ def _create(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: np.dtyp
 
 
 def _set_attributes(target: h5py.HLObject, attributes: Attributes) -> None:
+    import h5py
+
     for name, value in attributes.items():
         if isinstance(value, int):
             target.attrs[name] = np.int64(value)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embedkit.errors import SpecMismatchError
 from embedkit.spec import EmbeddingSpec, canonical_json
 from embedkit.store import durable
 from embedkit.store import format as schema
@@ -59,6 +60,16 @@ def run_digest(spec: EmbeddingSpec, layers: Mapping[str, EmbeddingSpec]) -> str:
     return hashlib.sha256(canonical_json([spec.digest, named]).encode()).hexdigest()
 
 
+Specs = tuple[EmbeddingSpec, Mapping[str, EmbeddingSpec]]
+
+
+def require_same_specs(message: str, left: Specs, right: Specs) -> None:
+    """Raise SpecMismatchError unless two stores have the same embeddings and layers."""
+    left[0].require_same(right[0], message)
+    if run_digest(*left) != run_digest(*right):
+        raise SpecMismatchError(message, {"layers": (sorted(left[1]), sorted(right[1]))})
+
+
 def read_note(folder: Path) -> dict[str, Any] | None:
     """Return what an unfinished run says of itself; None where there is none, or none that can be read."""
     path = folder / NOTE
@@ -71,8 +82,7 @@ def read_note(folder: Path) -> dict[str, Any] | None:
         for name in ("run_id", "digest", "identity", "layers", "created", "information", "plan"):
             note[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        log.warning("%s cannot be read and is set aside; whole parts are still used: %s", path, error)
-        os.replace(path, path.with_suffix(".bad"))
+        log.warning("%s cannot be read and is made again; whole parts are still used: %s", path, error)
         return None
     return dict(note)
 

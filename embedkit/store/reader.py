@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,11 @@ from embedkit.store.matrix import Matrix, ReadOnlyFile
 from embedkit.store.tables import Failures, Images
 
 if TYPE_CHECKING:
-    pass
+    import pandas
+    import pyarrow
+
+    from embedkit.store.status import Status
+    from embedkit.store.verification import Problem
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Store:
     run_id: str
     layer: str | None
     layers: dict[str, EmbeddingSpec]
+    main_spec: EmbeddingSpec  # Of /embeddings, whichever layer this store shows.
 
     def __init__(self) -> None:
         raise TypeError("open a store with Store.open(path)")
@@ -107,7 +112,7 @@ class Store:
             ) from error
         store._datasets = layout.datasets
         store._read_header(layout.attributes)
-        store._check_columns()
+        schema.check_columns(store.path, layout.datasets, store.spec, store.layers)
         store._choose(layer)
         return store
 
@@ -136,29 +141,9 @@ class Store:
         self.content_id = str(attributes.get("content_id"))
         self.run_id = str(attributes.get("run_id"))
 
-    def _check_columns(self) -> None:
-        count = self._dataset("ids").shape[0] if self._dataset("ids").shape else 0
-        for name, spec in [("embeddings", self.spec), *((f"layers/{n}", spec) for n, spec in self.layers.items())]:
-            found = self._dataset(name)
-            if found.shape != (count, spec.dim) or spec.dim < 1 or found.dtype.str not in ("<f4", "<f2"):
-                raise StoreFormatError(
-                    f"{self.path}: /{name} is {found.dtype} of shape {found.shape}; "
-                    f"expected {count} float rows of width {spec.dim}"
-                )
-        labelled = ["labels", "label_names"] if "labels" in self._datasets else []
-        failed = self._dataset("failures/ids").shape
-        for name in [*_COLUMNS, *labelled]:
-            kinds, tail = _COLUMNS.get(name) or _LABELS[name]
-            found = self._dataset(name)
-            rows = failed if name.startswith("failures/") else found.shape[:1] if name == "label_names" else (count,)
-            typed = found.dtype.str[1:] in kinds or found.dtype.kind in kinds
-            if not typed or found.shape != (*rows, *tail) or len(found.shape) != 1 + len(tail):
-                raise StoreFormatError(
-                    f"{self.path}: /{name} is {found.dtype} of shape {found.shape} for {rows[0] if rows else 0} rows"
-                )
-
     def _choose(self, layer: str | None) -> None:
         self.layer = layer
+        self.main_spec = self.spec
         if layer is not None:
             if layer not in self.layers:
                 raise StoreFormatError(f"{self.path} has no layer {layer!r}; it has {', '.join(self.layers) or 'none'}")
@@ -377,27 +362,81 @@ class Store:
         layers = {name: self._matrix_of(f"layers/{name}") for name in self.layers}
         return {"": self._matrix_of("embeddings"), **layers}
 
+    def verify(self, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+        """Compare every byte with the checksums that were written with it; see `embedkit.store.verify`."""
+        from embedkit.store.verification import verify
+
+        return verify(self.path, progress=progress)
+
+    @staticmethod
+    def status(path: str | os.PathLike[str]) -> Status:
+        """Say whether there is nothing at a path, an unfinished run, a run in progress, or a finished store."""
+        from embedkit.store.status import find_status
+
+        return find_status(path)
+
+    @staticmethod
+    def merge(
+        stores: Sequence[Store | str | os.PathLike[str]],
+        output: str | os.PathLike[str],
+        *,
+        on_conflict: str = "error",
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Store:
+        """Make one store of several that were made alike; see `embedkit.store.merge`."""
+        from embedkit.store.combining import merge
+
+        return merge(stores, output, on_conflict=on_conflict, overwrite=overwrite, progress=progress)
+
+    def select(
+        self,
+        output: str | os.PathLike[str],
+        rows: Sequence[int] | npt.NDArray[Any],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Store:
+        """Write some rows as a store of their own; see `embedkit.store.select`."""
+        from embedkit.store.combining import select
+
+        return select(self, output, rows, overwrite=overwrite, progress=progress)
+
+    def to_pandas(self, *, embeddings: bool = False) -> pandas.DataFrame:
+        """Return a data frame indexed by id: label, size, modification time and content hash of every row.
+
+        Parameters
+        ----------
+        embeddings : bool, default False
+            Whether there is a column for each dimension too, ``e0`` to ``e{d-1}``.
+
+        Raises
+        ------
+        MissingExtraError
+            When pandas is not installed: ``pip install 'embedkit[pandas]'``.
+        """
+        from embedkit.store.frames import to_pandas
+
+        return to_pandas(self, embeddings=embeddings)
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Return an Arrow table: id, label, size, modification time, content hash, embedding and layers of every row.
+
+        Raises
+        ------
+        MissingExtraError
+            When pyarrow is not installed: ``pip install 'embedkit[parquet]'``.
+        """
+        from embedkit.store.frames import to_arrow
+
+        return to_arrow(self)
+
     def _column(self, name: str) -> Any:
         found = self._dataset(name)
         return self._file.array(found.offset, found.shape, found.dtype)
 
     def _texts(self, name: str) -> list[str]:
         return schema.decode_texts(self._column(name))
-
-
-_TEXT = ("S",)
-# Of each column every store has: the types that it may have, and its shape behind the rows.
-_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "ids": (_TEXT, ()),
-    "sizes": (("u8",), ()),
-    "mtimes_ns": (("i8",), ()),
-    "content_sha256": (("u1",), (32,)),
-    "failures/ids": (_TEXT, ()),
-    "failures/errors": (_TEXT, ()),
-    "failures/sizes": (("u8",), ()),
-    "failures/mtimes_ns": (("i8",), ()),
-}
-_LABELS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"labels": (("i4",), ()), "label_names": (_TEXT, ())}
 
 
 def _reopen(path: Path, layer: str | None, content_id: str) -> Store:

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import EmbedkitError, SpecMismatchError, StoreExistsError, StoreFormatError
+from embedkit.errors import EmbedkitError, StoreExistsError, StoreFormatError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import durable
 from embedkit.store import format as schema
-from embedkit.store.assembling import Header, write_store
+from embedkit.store.assembling import Header, publish
 from embedkit.store.knowledge import Damage, Known, at, find_damage, gather_known, same_content, unchanged
 from embedkit.store.locking import Lock, parts_folder
 from embedkit.store.parts import Part, Rows, read_parts, write_part
-from embedkit.store.plans import NO_PLAN, NOTE, Plan, read_note, read_plan, run_digest, write_note
+from embedkit.store.plans import NO_PLAN, NOTE, Plan, read_note, read_plan, require_same_specs, run_digest, write_note
 from embedkit.store.reader import Store
 from embedkit.store.tables import Inventory, lookup
 from embedkit.store.updates import Changes, Update, content_of, is_same
@@ -291,9 +291,7 @@ class Run:
                         f"{self.path} is damaged and cannot be copied as it is: {problem}; what was computed is kept, "
                         "run the same command with --repair"
                     )
-            with durable.aside(self.folder) as path:
-                write_store(path, self.header, content)
-                durable.publish_over(path, self.path)
+            publish(self.path, self.folder, self.header, content)
         self._tidy()
         return changed
 
@@ -308,16 +306,6 @@ class Run:
                 path.unlink()
         durable.sync_folder(self.folder)
         self.parts, self.plan = {}, NO_PLAN
-
-
-Specs = tuple[EmbeddingSpec, Mapping[str, EmbeddingSpec]]
-
-
-def require_same_specs(message: str, left: Specs, right: Specs) -> None:
-    """Raise SpecMismatchError unless two stores have the same embeddings and layers."""
-    left[0].require_same(right[0], message)
-    if run_digest(*left) != run_digest(*right):
-        raise SpecMismatchError(message, {"layers": (sorted(left[1]), sorted(right[1]))})
 
 
 def published_run(path: Path) -> str | None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedkit.errors import EmbeddingShapeError, StoreExistsError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import durable
-from embedkit.store.assembling import Content, Gather, Header, write_store
+from embedkit.store.assembling import Content, Gather, Header, publish
 from embedkit.store.locking import Lock, parts_folder
 from embedkit.store.matrix import Matrix, ReadOnlyFile
 from embedkit.store.tables import Failures, Images
@@ -174,9 +174,7 @@ class StoreWriter:
         spool = Matrix(ReadOnlyFile(self._spool, keep=True), 0, (len(rows), dim), np.dtype("<f4"))
         gather = Gather([spool], np.zeros(len(rows), dtype=np.int64), rows, dim)
         content = Content(images, self._failures(), labels if classes else None, classes, gather)
-        with durable.aside(self._spool.parent) as path:
-            write_store(path, self.header, content)
-            durable.publish_over(path, self.path)
+        publish(self.path, self._spool.parent, self.header, content)
 
     def _failures(self) -> Failures:
         failures = sorted(self._columns.failures, key=lambda failure: os.fsencode(failure[0]))

@@ -1,0 +1,461 @@
+"""What is left on a disk when a writer is killed or the power fails, at any moment of a recorded run.
+
+`perform` is the writer. `record` runs it under strace, `states` replays what it did on a `Disk`, and a disk says what
+a reader finds after a kill (everything that was done) and after a power cut (what was synced, and some of the rest).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+
+from embedkit.spec import EmbeddingSpec
+from embedkit.store import Failures, Images, Inventory, Rows, Run
+
+SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=3)
+TARGET = "s.h5"
+PART_ROWS, BATCH_ROWS = 8, 4
+PAGE = 4096
+
+Tree = dict[str, Union[bytes, "Tree"]]
+Operation = tuple[Any, ...]
+
+
+# The writer.
+
+
+def images(generation: str) -> dict[str, tuple[bytes, int]]:
+    """Return content and modification time by id: 40 images, or what became of them later."""
+    world = {f"{number:02}.jpg": (f"picture {number:02}, first".encode(), 1000 + number) for number in range(40)}
+    world["13.jpg"] = world["31.jpg"] = (b"broken", 1)
+    if generation == "shrink":  # Nothing is to be computed, so no plan is ever written down.
+        return {id: image for id, image in world.items() if id[0] != "2"}
+    if generation == "update":
+        for number in (0, 1, 17, 18, 19, 38):  # Changed.
+            world[f"{number:02}.jpg"] = (f"picture {number:02}, later".encode(), 2000 + number)
+        world |= {f"new {number:02}.jpg": (f"picture {number:02}, new".encode(), 3000) for number in range(12)}
+        world["moved.jpg"] = world.pop("05.jpg")
+        world["06.jpg"] = (world["06.jpg"][0], 4000)  # Touched: another time, the same bytes.
+        for id in ("07.jpg", "08.jpg", "39.jpg"):
+            del world[id]
+        world["31.jpg"] = (b"mended", 2)
+    return world
+
+
+def perform(target: Path, generation: str, say: Callable[[str], None]) -> None:
+    """Make or update the store, and say what was computed, which part is durable, and that all is done."""
+    world = images(generation)
+    ids = sorted(world)
+    inventory = Inventory(
+        np.array([id.encode() for id in ids]),
+        np.array([len(world[id][0]) for id in ids]),
+        np.array([world[id][1] for id in ids]),
+    )
+    with Run(target, SPEC) as run:
+        update = run.prepare(
+            inventory,
+            lambda numbers: [(number, hashlib.sha256(world[ids[number]][0]).digest()) for number in numbers],
+            part_size=lambda count: PART_ROWS,
+            batch_size=BATCH_ROWS,
+        )
+        for number in update.todo:
+            part = [id.decode() for id in update.plan.part(number).tolist()]
+            for id in part:
+                say(f"computed {id}")
+            run.write(number, _rows({id: world[id] for id in part}))
+            say(f"ack {number}")
+        run.finalise(update)
+    say("done")
+
+
+def _rows(part: dict[str, tuple[bytes, int]]) -> Rows:
+    good = {id: image for id, image in part.items() if image[0] != b"broken"}
+    bad = {id: image for id, image in part.items() if id not in good}
+    hashes = [hashlib.sha256(content).digest() for content, _ in good.values()]
+    embeddings = np.array([list(sha256[:3]) for sha256 in hashes], dtype=np.float32).reshape(-1, 3)
+    return Rows(
+        Images.of(list(good), [len(content) for content, _ in good.values()], [t for _, t in good.values()], hashes),
+        Failures.of(list(bad), ["truncated"] * len(bad), [6] * len(bad), [time for _, time in bad.values()]),
+        {"": embeddings},
+    )
+
+
+@dataclass
+class Said:
+    """What writers have said so far."""
+
+    acknowledged: set[str] = field(default_factory=set)
+    computed: list[str] = field(default_factory=list)
+    done: bool = False
+
+    def __call__(self, text: str) -> None:
+        word, _, rest = text.partition(" ")
+        if word == "computed":
+            self.computed.append(rest)
+        elif word == "ack":
+            self.acknowledged |= set(self.computed)
+        self.done = word == "done"
+
+
+# The disk.
+
+
+@dataclass(eq=False)
+class File:
+    data: bytearray = field(default_factory=bytearray)
+    synced: bytes = b""
+
+    def after_power_cut(self, chance: random.Random | None) -> bytes:
+        """Return the synced bytes with some of the pages written since, or with none of them."""
+        if chance is None or self.data == self.synced:
+            return self.synced
+        size = chance.choice([len(self.synced), len(self.data)])
+        old, new = (bytes(data).ljust(size, b"\0") for data in (self.synced, self.data))
+        return b"".join(chance.choice([old, new])[at : min(at + PAGE, size)] for at in range(0, size, PAGE))
+
+
+@dataclass(eq=False)
+class Folder:
+    entries: dict[str, File | Folder] = field(default_factory=dict)
+    synced: dict[str, File | Folder] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Change:
+    """An entry that a folder got, or lost; a rename's loss reaches the disk only after its gain."""
+
+    folder: Folder
+    name: str
+    node: File | Folder | None
+    after: Change | None = None
+
+    def apply(self, entries: dict[str, File | Folder]) -> None:
+        if self.node is None:
+            entries.pop(self.name, None)
+        else:
+            entries[self.name] = self.node
+
+
+class Disk:
+    """A file system that knows what of it is synced. Strict: an entry is so only once its folder is."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.root = self._load(tree)
+        self.pending: list[Change] = []
+        self.opened: dict[int, tuple[File | Folder, list[int]]] = {}  # Node and position, which dup shares.
+
+    def _load(self, tree: Tree) -> Folder:
+        nodes = {
+            name: self._load(content) if isinstance(content, dict) else File(bytearray(content), content)
+            for name, content in tree.items()
+        }
+        return Folder(dict(nodes), dict(nodes))
+
+    def after_kill(self) -> Tree:
+        def tree(folder: Folder) -> Tree:
+            return {
+                name: tree(node) if isinstance(node, Folder) else bytes(node.data)
+                for name, node in folder.entries.items()
+            }
+
+        return tree(self.root)
+
+    def after_power_cut(self, chance: random.Random | None) -> Tree:
+        """Return what is synced, with some unsynced pages and the first few unsynced changes of folders.
+
+        The changes are the first of all, or the first of each folder. Without `chance` nothing unsynced survives.
+        """
+        entries: dict[Folder, dict[str, File | Folder]] = {}
+        for change in self._survivors(chance):
+            change.apply(entries.setdefault(change.folder, dict(change.folder.synced)))
+
+        def tree(folder: Folder) -> Tree:
+            return {
+                name: tree(node) if isinstance(node, Folder) else node.after_power_cut(chance)
+                for name, node in entries.get(folder, folder.synced).items()
+            }
+
+        return tree(self.root)
+
+    def _survivors(self, chance: random.Random | None) -> list[Change]:
+        if chance is None:
+            return []
+        if chance.random() < 0.5:
+            return self.pending[: chance.randint(0, len(self.pending))]
+        survivors: list[Change] = []
+        lost: set[Folder] = set()
+        for change in self.pending:
+            gone = change.after in self.pending and change.after not in survivors
+            if change.folder not in lost and not gone and chance.random() < 0.7:
+                survivors.append(change)
+            else:
+                lost.add(change.folder)
+        return survivors
+
+    def _sync_folder(self, folder: Folder, last: Change | None = None) -> None:
+        for change in [change for change in self.pending if change.folder is folder]:
+            if change in self.pending:
+                if change.after in self.pending:
+                    assert change.after is not None
+                    self._sync_folder(change.after.folder, change.after)
+                if change in self.pending:
+                    change.apply(folder.synced)
+                    self.pending.remove(change)
+            if change is last:
+                return
+
+    def _change(self, path: str, node: File | Folder | None, after: Change | None = None) -> Change:
+        *parents, name = path.split("/")
+        change = Change(self._find(parents), name, node, after)
+        change.apply(change.folder.entries)
+        self.pending.append(change)
+        return change
+
+    def _find(self, names: list[str]) -> Any:
+        node: Any = self.root
+        for name in names:
+            node = node.entries[name]
+        return node
+
+    def do(self, operation: Operation) -> bool:
+        """Do what was recorded, and return whether that changed anything a kill would leave."""
+        kind, *values = operation
+        if kind == "open":
+            handle, path, flags = values
+            *parents, name = [part for part in path.split("/") if part != "."]
+            created = "O_CREAT" in flags and name not in self._find(parents).entries
+            if created:
+                self._change(path, File())
+            node = self._find([*parents, name] if name else parents)
+            if "O_TRUNC" in flags:
+                node.data.clear()
+            self.opened[handle] = (node, [0])
+            return created or "O_TRUNC" in flags
+        if kind in ("link", "rename"):
+            source, target = values
+            gain = self._change(target, self._find(source.split("/")))
+            if kind == "rename":
+                self._change(source, None, gain)
+            return True
+        if kind in ("unlink", "rmdir", "mkdir"):
+            self._change(values[0], Folder() if kind == "mkdir" else None)
+            return True
+        if values[0] not in self.opened:  # A file elsewhere.
+            return False
+        node, position = self.opened[values[0]]
+        if kind == "write":
+            at = position[0] if values[2] is None else values[2]
+            node.data[len(node.data) : at] = bytes(max(0, at - len(node.data)))
+            node.data[at : at + len(values[1])] = values[1]
+            position[0] = at + len(values[1]) if values[2] is None else position[0]
+        elif kind == "resize":
+            del node.data[values[1] :]
+            node.data.extend(bytes(values[1] - len(node.data)))
+        elif kind == "allocate":
+            node.data.extend(bytes(max(0, values[1] - len(node.data))))
+        elif kind == "seek":
+            position[0] = values[1]
+        elif kind == "dup":
+            self.opened[values[1]] = self.opened[values[0]]
+        elif kind == "close":
+            del self.opened[values[0]]
+        elif isinstance(node, Folder):
+            self._sync_folder(node)
+        else:
+            node.synced = bytes(node.data)
+        return kind in ("write", "resize", "allocate")
+
+
+@dataclass
+class State:
+    """A disk after some operations; `new` says whether the last one changed what a kill leaves, or acknowledged it."""
+
+    number: int
+    disk: Disk
+    said: Said
+    kind: str
+    new: bool
+
+
+def states(disk: Disk, operations: Iterable[Operation], said: Said | None = None) -> Iterator[State]:
+    """Yield the disk before the first operation, and after each one; always the same, so copy what is to be kept."""
+    said = said or Said()
+    yield State(0, disk, said, "", True)
+    for number, operation in enumerate(operations, 1):
+        if operation[0] == "say":
+            said(operation[1])
+            new = not operation[1].startswith("computed")
+        else:
+            new = disk.do(operation)
+        yield State(number, disk, said, operation[0], new)
+
+
+def torn(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Cut each write in half: the kernel may have done one half of it when the writer is killed."""
+    for operation in operations:
+        if operation[0] == "write" and len(operation[2]) > 1 and operation[3] is None:
+            half = len(operation[2]) // 2
+            yield from (("write", operation[1], data, None) for data in (operation[2][:half], operation[2][half:]))
+        else:
+            yield operation
+
+
+def continued(state: State) -> tuple[Disk, Said]:
+    """Return copies of disk and words for a recording that goes on where the writer was killed."""
+    disk, said = copy.deepcopy(state.disk), copy.deepcopy(state.said)
+    disk.opened.clear()
+    return disk, said
+
+
+# Trees on the real file system.
+
+
+def read_tree(folder: Path) -> Tree:
+    return {path.name: read_tree(path) if path.is_dir() else path.read_bytes() for path in folder.iterdir()}
+
+
+def write_tree(tree: Tree, folder: Path) -> None:
+    folder.mkdir()
+    for name, content in tree.items():
+        if isinstance(content, dict):
+            write_tree(content, folder / name)
+        else:
+            (folder / name).write_bytes(content)
+
+
+# The recording.
+
+_CALLS = [
+    "openat",
+    "open",
+    "creat",
+    "write",
+    "pwrite64",
+    "writev",
+    "rename",
+    "renameat",
+    "renameat2",
+    "link",
+    "linkat",
+    "unlink",
+    "unlinkat",
+    "mkdir",
+    "mkdirat",
+    "rmdir",
+    "fsync",
+    "fdatasync",
+    "ftruncate",
+    "fallocate",
+    "close",
+    "lseek",
+    "dup",
+    "dup2",
+    "dup3",
+    "fcntl",
+    "execve",
+]
+_LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)")
+
+
+def why_not() -> str:
+    """Return why nothing can be recorded here, or nothing."""
+    if not shutil.which("strace"):
+        return "strace is not installed"
+    known = ["strace", "-f", "-o", os.devnull, "-e", f"trace={_calls()}", "true"]
+    done = subprocess.run(known, capture_output=True, text=True)
+    return f"strace cannot trace here: {done.stderr.strip()[-200:]}" if done.returncode else ""
+
+
+def _calls() -> str:
+    return ",".join(f"?{name}" for name in _CALLS)  # Some architectures lack some.
+
+
+def record(root: Path, target: str, generation: str) -> list[Operation]:
+    """Run the writer under strace, and return what it did below `root`."""
+    trace = root.with_name(f"{root.name}.trace")
+    writer = [sys.executable, __file__, os.fspath(root / target), generation]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["strace", "-f", "-xx", "-s", str(1 << 24), "-o", os.fspath(trace), "-e", f"trace={_calls()}", *writer]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    operations = list(parse(trace.read_text().splitlines(), os.fspath(root)))
+    said = [operation[1] for operation in operations if operation[0] == "say"]
+    assert said == done.stdout.splitlines()
+    trace.unlink()
+    return operations
+
+
+def parse(lines: Iterable[str], root: str) -> Iterator[Operation]:
+    """Yield the operations of a trace that concern a folder, with paths relative to it."""
+    unfinished: dict[str, str] = {}
+    foreign: set[str] = set()
+    writer = ""
+    for line in lines:
+        pid = line.split(" ", 1)[0]
+        writer = writer or pid
+        if "execve(" in line and pid != writer:
+            foreign.add(pid)  # Another program, say uname, that something asked for on import.
+        if pid in foreign:
+            continue
+        if line.endswith("<unfinished ...>"):
+            unfinished[pid] = line.removesuffix("<unfinished ...>")
+            continue
+        if "resumed>" in line:
+            line = unfinished.pop(pid) + line.split("resumed>", 1)[1]
+        match = _LINE.match(line)
+        if match is None or match[4].startswith("-"):
+            continue  # A signal, an exit, or a call that failed.
+        call, arguments, result = match[2], match[3], int(match[4])
+        texts = [bytes.fromhex(text.replace("\\x", "")) for text in re.findall(r'"((?:\\x..)*)"', arguments)]
+        yield from _operation(call, arguments.split(", "), texts, result, root.encode())
+
+
+def _operation(call: str, arguments: list[str], texts: list[bytes], result: int, root: bytes) -> Iterator[Operation]:
+    first = arguments[0]
+    if call in ("write", "pwrite64", "writev") and first == "1":
+        yield from (("say", line) for line in texts[0].decode().splitlines())
+    elif call in ("write", "pwrite64", "writev"):
+        data = b"".join(texts)[:result]
+        assert len(data) == result, "strace cut a buffer short"
+        yield "write", int(first), data, int(arguments[-1]) if call == "pwrite64" else None
+    elif call in ("fsync", "fdatasync", "close"):
+        yield "close" if call == "close" else "sync", int(first)
+    elif call == "ftruncate":
+        yield "resize", int(first), int(arguments[1])
+    elif call == "fallocate":
+        yield "allocate", int(first), int(arguments[2]) + int(arguments[3])
+    elif call == "lseek":
+        yield "seek", int(first), result
+    elif call.startswith("dup") or (call == "fcntl" and "F_DUPFD" in arguments[1]):
+        yield "dup", int(first), result
+    elif call not in ("fcntl", "execve"):
+        if any(text != root and not text.startswith(root + b"/") for text in texts):
+            return
+        assert first == "AT_FDCWD" or not call.endswith(("at", "at2")), "paths below a descriptor are not understood"
+        paths = [os.fsdecode(text[len(root) + 1 :]) for text in texts]
+        if call in ("openat", "open", "creat"):
+            flags = "O_CREAT|O_TRUNC" if call == "creat" else arguments[2 if call == "openat" else 1]
+            yield "open", result, paths[0], flags
+        else:
+            kind = "rmdir" if "AT_REMOVEDIR" in arguments[-1] else call.removesuffix("2").removesuffix("at")
+            yield kind, *paths
+
+
+def _say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+if __name__ == "__main__":
+    perform(Path(sys.argv[1]), sys.argv[2], _say)

@@ -1,13 +1,12 @@
 """What is left on a disk when a writer is killed or the power fails, at any moment of a recorded run.
 
-`perform` is the writer. `record` runs it under strace, `states` replays what it did on a `Disk`, and a disk says what
-a reader finds after a kill (everything that was done) and after a power cut (what was synced, and some of the rest).
+`record` runs the writer under strace, `states` replays what it did on a `Disk`, and a disk says what a reader finds
+after a kill (everything that was done) and after a power cut (what was synced, and some of the rest).
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import random
 import re
@@ -19,97 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-import numpy as np
+import crash_writer
+from crash_writer import Said
 
-from embedkit.spec import EmbeddingSpec
-from embedkit.store import Failures, Images, Inventory, Rows, Run
-
-SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=3)
-TARGET = "s.h5"
-PART_ROWS, BATCH_ROWS = 8, 4
 PAGE = 4096
 
 Tree = dict[str, Union[bytes, "Tree"]]
 Operation = tuple[Any, ...]
-
-
-# The writer.
-
-
-def images(generation: str) -> dict[str, tuple[bytes, int]]:
-    """Return content and modification time by id: 40 images, or what became of them later."""
-    world = {f"{number:02}.jpg": (f"picture {number:02}, first".encode(), 1000 + number) for number in range(40)}
-    world["13.jpg"] = world["31.jpg"] = (b"broken", 1)
-    if generation == "shrink":  # Nothing is to be computed, so no plan is ever written down.
-        return {id: image for id, image in world.items() if id[0] != "2"}
-    if generation == "update":
-        for number in (0, 1, 17, 18, 19, 38):  # Changed.
-            world[f"{number:02}.jpg"] = (f"picture {number:02}, later".encode(), 2000 + number)
-        world |= {f"new {number:02}.jpg": (f"picture {number:02}, new".encode(), 3000) for number in range(12)}
-        world["moved.jpg"] = world.pop("05.jpg")
-        world["06.jpg"] = (world["06.jpg"][0], 4000)  # Touched: another time, the same bytes.
-        for id in ("07.jpg", "08.jpg", "39.jpg"):
-            del world[id]
-        world["31.jpg"] = (b"mended", 2)
-    return world
-
-
-def perform(target: Path, generation: str, say: Callable[[str], None]) -> None:
-    """Make or update the store, and say what was computed, which part is durable, and that all is done."""
-    world = images(generation)
-    ids = sorted(world)
-    inventory = Inventory(
-        np.array([id.encode() for id in ids]),
-        np.array([len(world[id][0]) for id in ids]),
-        np.array([world[id][1] for id in ids]),
-    )
-    with Run(target, SPEC) as run:
-        update = run.prepare(
-            inventory,
-            lambda numbers: [(number, hashlib.sha256(world[ids[number]][0]).digest()) for number in numbers],
-            part_size=lambda count: PART_ROWS,
-            batch_size=BATCH_ROWS,
-        )
-        for number in update.todo:
-            part = [id.decode() for id in update.plan.part(number).tolist()]
-            for id in part:
-                say(f"computed {id}")
-            run.write(number, _rows({id: world[id] for id in part}))
-            say(f"ack {number}")
-        run.finalise(update)
-    say("done")
-
-
-def _rows(part: dict[str, tuple[bytes, int]]) -> Rows:
-    good = {id: image for id, image in part.items() if image[0] != b"broken"}
-    bad = {id: image for id, image in part.items() if id not in good}
-    hashes = [hashlib.sha256(content).digest() for content, _ in good.values()]
-    embeddings = np.array([list(sha256[:3]) for sha256 in hashes], dtype=np.float32).reshape(-1, 3)
-    return Rows(
-        Images.of(list(good), [len(content) for content, _ in good.values()], [t for _, t in good.values()], hashes),
-        Failures.of(list(bad), ["truncated"] * len(bad), [6] * len(bad), [time for _, time in bad.values()]),
-        {"": embeddings},
-    )
-
-
-@dataclass
-class Said:
-    """What writers have said so far."""
-
-    acknowledged: set[str] = field(default_factory=set)
-    computed: list[str] = field(default_factory=list)
-    done: bool = False
-
-    def __call__(self, text: str) -> None:
-        word, _, rest = text.partition(" ")
-        if word == "computed":
-            self.computed.append(rest)
-        elif word == "ack":
-            self.acknowledged |= set(self.computed)
-        self.done = word == "done"
-
-
-# The disk.
 
 
 @dataclass(eq=False)
@@ -164,13 +79,7 @@ class Disk:
         return Folder(dict(nodes), dict(nodes))
 
     def after_kill(self) -> Tree:
-        def tree(folder: Folder) -> Tree:
-            return {
-                name: tree(node) if isinstance(node, Folder) else bytes(node.data)
-                for name, node in folder.entries.items()
-            }
-
-        return tree(self.root)
+        return _tree(self.root, lambda folder: folder.entries, lambda file: bytes(file.data))
 
     def after_power_cut(self, chance: random.Random | None) -> Tree:
         """Return what is synced, with some unsynced pages and the first few unsynced changes of folders.
@@ -180,14 +89,9 @@ class Disk:
         entries: dict[Folder, dict[str, File | Folder]] = {}
         for change in self._survivors(chance):
             change.apply(entries.setdefault(change.folder, dict(change.folder.synced)))
-
-        def tree(folder: Folder) -> Tree:
-            return {
-                name: tree(node) if isinstance(node, Folder) else node.after_power_cut(chance)
-                for name, node in entries.get(folder, folder.synced).items()
-            }
-
-        return tree(self.root)
+        return _tree(
+            self.root, lambda folder: entries.get(folder, folder.synced), lambda file: file.after_power_cut(chance)
+        )
 
     def _survivors(self, chance: random.Random | None) -> list[Change]:
         if chance is None:
@@ -234,15 +138,13 @@ class Disk:
         kind, *values = operation
         if kind == "open":
             handle, path, flags = values
-            *parents, name = [part for part in path.split("/") if part != "."]
+            assert "O_TRUNC" not in flags and "O_APPEND" not in flags, "not understood"
+            *parents, name = path.split("/")
             created = "O_CREAT" in flags and name not in self._find(parents).entries
             if created:
                 self._change(path, File())
-            node = self._find([*parents, name] if name else parents)
-            if "O_TRUNC" in flags:
-                node.data.clear()
-            self.opened[handle] = (node, [0])
-            return created or "O_TRUNC" in flags
+            self.opened[handle] = (self._find([*parents, name] if path else []), [0])
+            return created
         if kind in ("link", "rename"):
             source, target = values
             gain = self._change(target, self._find(source.split("/")))
@@ -256,10 +158,9 @@ class Disk:
             return False
         node, position = self.opened[values[0]]
         if kind == "write":
-            at = position[0] if values[2] is None else values[2]
-            node.data[len(node.data) : at] = bytes(max(0, at - len(node.data)))
-            node.data[at : at + len(values[1])] = values[1]
-            position[0] = at + len(values[1]) if values[2] is None else position[0]
+            node.data.extend(bytes(max(0, position[0] - len(node.data))))
+            node.data[position[0] : position[0] + len(values[1])] = values[1]
+            position[0] += len(values[1])
         elif kind == "resize":
             del node.data[values[1] :]
             node.data.extend(bytes(values[1] - len(node.data)))
@@ -276,6 +177,13 @@ class Disk:
         else:
             node.synced = bytes(node.data)
         return kind in ("write", "resize", "allocate")
+
+
+def _tree(folder: Folder, entries: Callable[[Folder], dict[str, File | Folder]], data: Callable[[File], bytes]) -> Tree:
+    return {
+        name: data(node) if isinstance(node, File) else _tree(node, entries, data)
+        for name, node in entries(folder).items()
+    }
 
 
 @dataclass
@@ -296,7 +204,7 @@ def states(disk: Disk, operations: Iterable[Operation], said: Said | None = None
     for number, operation in enumerate(operations, 1):
         if operation[0] == "say":
             said(operation[1])
-            new = not operation[1].startswith("computed")
+            new = operation[1].startswith(("begun", "ack", "done"))
         else:
             new = disk.do(operation)
         yield State(number, disk, said, operation[0], new)
@@ -305,9 +213,9 @@ def states(disk: Disk, operations: Iterable[Operation], said: Said | None = None
 def torn(operations: Iterable[Operation]) -> Iterator[Operation]:
     """Cut each write in half: the kernel may have done one half of it when the writer is killed."""
     for operation in operations:
-        if operation[0] == "write" and len(operation[2]) > 1 and operation[3] is None:
+        if operation[0] == "write" and len(operation[2]) > 1:
             half = len(operation[2]) // 2
-            yield from (("write", operation[1], data, None) for data in (operation[2][:half], operation[2][half:]))
+            yield from (("write", operation[1], data) for data in (operation[2][:half], operation[2][half:]))
         else:
             yield operation
 
@@ -337,35 +245,12 @@ def write_tree(tree: Tree, folder: Path) -> None:
 
 # The recording.
 
-_CALLS = [
-    "openat",
-    "open",
-    "creat",
-    "write",
-    "pwrite64",
-    "writev",
-    "rename",
-    "renameat",
-    "renameat2",
-    "link",
-    "linkat",
-    "unlink",
-    "unlinkat",
-    "mkdir",
-    "mkdirat",
-    "rmdir",
-    "fsync",
-    "fdatasync",
-    "ftruncate",
-    "fallocate",
-    "close",
-    "lseek",
-    "dup",
-    "dup2",
-    "dup3",
-    "fcntl",
-    "execve",
-]
+# With a question mark, for some machines lack some.
+_CALLS = (
+    "?open,?openat,?openat2,?creat,?write,?writev,?pwrite64,?pwritev,?pwritev2,?sendfile,?copy_file_range,"
+    "?rename,?renameat,?renameat2,?link,?linkat,?unlink,?unlinkat,?symlink,?mkdir,?mkdirat,?rmdir,"
+    "?fsync,?fdatasync,?truncate,?ftruncate,?fallocate,?close,?lseek,?dup,?dup2,?dup3,?fcntl,?execve"
+)
 _LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)")
 
 
@@ -373,21 +258,17 @@ def why_not() -> str:
     """Return why nothing can be recorded here, or nothing."""
     if not shutil.which("strace"):
         return "strace is not installed"
-    known = ["strace", "-f", "-o", os.devnull, "-e", f"trace={_calls()}", "true"]
-    done = subprocess.run(known, capture_output=True, text=True)
+    command = ["strace", "-f", "-o", os.devnull, "-e", f"trace={_CALLS}", "true"]
+    done = subprocess.run(command, capture_output=True, text=True)
     return f"strace cannot trace here: {done.stderr.strip()[-200:]}" if done.returncode else ""
-
-
-def _calls() -> str:
-    return ",".join(f"?{name}" for name in _CALLS)  # Some architectures lack some.
 
 
 def record(root: Path, target: str, generation: str) -> list[Operation]:
     """Run the writer under strace, and return what it did below `root`."""
     trace = root.with_name(f"{root.name}.trace")
-    writer = [sys.executable, __file__, os.fspath(root / target), generation]
+    writer = [sys.executable, crash_writer.__file__, os.fspath(root / target), generation]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ["strace", "-f", "-xx", "-s", str(1 << 24), "-o", os.fspath(trace), "-e", f"trace={_calls()}", *writer]
+    command = ["strace", "-f", "-xx", "-s", str(1 << 24), "-o", os.fspath(trace), "-e", f"trace={_CALLS}", *writer]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     operations = list(parse(trace.read_text().splitlines(), os.fspath(root)))
@@ -424,12 +305,11 @@ def parse(lines: Iterable[str], root: str) -> Iterator[Operation]:
 
 def _operation(call: str, arguments: list[str], texts: list[bytes], result: int, root: bytes) -> Iterator[Operation]:
     first = arguments[0]
-    if call in ("write", "pwrite64", "writev") and first == "1":
+    if call == "write" and first == "1":
         yield from (("say", line) for line in texts[0].decode().splitlines())
-    elif call in ("write", "pwrite64", "writev"):
-        data = b"".join(texts)[:result]
-        assert len(data) == result, "strace cut a buffer short"
-        yield "write", int(first), data, int(arguments[-1]) if call == "pwrite64" else None
+    elif call == "write":
+        assert len(texts[0]) >= result, "strace cut a buffer short"
+        yield "write", int(first), texts[0][:result]
     elif call in ("fsync", "fdatasync", "close"):
         yield "close" if call == "close" else "sync", int(first)
     elif call == "ftruncate":
@@ -438,24 +318,16 @@ def _operation(call: str, arguments: list[str], texts: list[bytes], result: int,
         yield "allocate", int(first), int(arguments[2]) + int(arguments[3])
     elif call == "lseek":
         yield "seek", int(first), result
-    elif call.startswith("dup") or (call == "fcntl" and "F_DUPFD" in arguments[1]):
+    elif call in ("dup", "dup2", "dup3") or (call == "fcntl" and "F_DUPFD" in arguments[1]):
         yield "dup", int(first), result
-    elif call not in ("fcntl", "execve"):
-        if any(text != root and not text.startswith(root + b"/") for text in texts):
-            return
+    elif texts and all(text == root or text.startswith(root + b"/") for text in texts):
         assert first == "AT_FDCWD" or not call.endswith(("at", "at2")), "paths below a descriptor are not understood"
+        kind = "rmdir" if "AT_REMOVEDIR" in arguments[-1] else call.removesuffix("2").removesuffix("at")
+        assert kind in ("open", "rename", "link", "unlink", "mkdir", "rmdir"), f"{call} is not understood"
         paths = [os.fsdecode(text[len(root) + 1 :]) for text in texts]
-        if call in ("openat", "open", "creat"):
-            flags = "O_CREAT|O_TRUNC" if call == "creat" else arguments[2 if call == "openat" else 1]
-            yield "open", result, paths[0], flags
+        if kind == "open":
+            yield "open", result, paths[0], arguments[2 if call == "openat" else 1]
         else:
-            kind = "rmdir" if "AT_REMOVEDIR" in arguments[-1] else call.removesuffix("2").removesuffix("at")
             yield kind, *paths
-
-
-def _say(text: str) -> None:
-    os.write(1, f"{text}\n".encode())
-
-
-if __name__ == "__main__":
-    perform(Path(sys.argv[1]), sys.argv[2], _say)
+    else:
+        assert call not in ("writev", "pwrite64", "pwritev", "pwritev2", "sendfile", "copy_file_range"), call

@@ -34,6 +34,9 @@ ONLY_USER = {
     "h5py": "store",
     "faiss": "index",
     "sklearn": "heads",
+    "pyarrow": "store",
+    "pandas": "store",
+    "lance": "store",
     "click": "cli",
     "tqdm": "cli",
 }

@@ -163,6 +163,11 @@ class Backbone:
         arguments = {name: value for name, value in recipe.items() if name in known}
         if model is not None:
             arguments["model"] = os.fspath(model)
+        if spec.backbone == "imported":
+            raise BackboneError(
+                "these embeddings were imported and do not say what made them, so no image can be embedded alike; search "
+                "with embeddings or rows"
+            )
         if not isinstance(arguments.get("model"), str):
             raise BackboneError("the store does not say where its backbone came from; name it with -m MODEL (model=)")
         try:

@@ -6,10 +6,10 @@ never written to again, only replaced by a rename.
 
 from embedkit.store.combining import ON_CONFLICT, matching, merge, named, select
 from embedkit.store.parts import Rows
-from embedkit.store.reader import Failure, Store
+from embedkit.store.reader import Store
 from embedkit.store.runs import Run
 from embedkit.store.status import Status
-from embedkit.store.tables import Failures, Images, Inventory
+from embedkit.store.tables import Failure, Failures, Images, Inventory
 from embedkit.store.updates import Changes, Update
 from embedkit.store.verification import Problem, verify
 from embedkit.store.writer import StoreWriter, refuse_existing

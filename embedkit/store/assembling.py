@@ -23,6 +23,9 @@ from embedkit.store.tables import Failures, Images
 from embedkit.store.verification import verify
 
 
+_BUFFERS = 4
+
+
 @dataclass(frozen=True)
 class Header:
     """What a store says of itself: the specs of its embeddings and layers, and the run that made it."""
@@ -57,9 +60,8 @@ class Gather:
         self.shape = (len(rows), dim)
         self.dtype = np.dtype("<f4")
 
-    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return rows start to stop."""
-        out = np.empty((stop - start, self.shape[1]), dtype=self.dtype)
+    def read(self, start: int, stop: int, out: npt.NDArray[np.float32]) -> None:
+        """Fill an array with rows start to stop."""
         which, rows = self.which[start:stop], self.rows[start:stop]
         cuts = np.flatnonzero((np.diff(which) != 0) | (np.diff(rows) != 1)) + 1
         if len(cuts) < 64:
@@ -69,7 +71,6 @@ class Gather:
             for source in np.unique(which).tolist():
                 chosen = which == source
                 out[chosen] = self.sources[source].map[rows[chosen]]
-        return out
 
     def _copy(self, source: Matrix, start: int, out: npt.NDArray[np.float32]) -> None:
         if source.dtype == self.dtype:
@@ -144,10 +145,13 @@ def write_store(path: Path, header: Header, content: Content) -> None:
             os.lseek(handle, offset, os.SEEK_SET)
             durable.write_all(handle, data)
         os.ftruncate(handle, pieces.size)
-        durable.sync(handle)
+        with ThreadPoolExecutor(1, thread_name_prefix="embedkit-sync") as pool:
+            synced = pool.submit(durable.sync, handle)  # The disk writes while the processor hashes.
+            problems = verify(path)
+            synced.result()
     finally:
         os.close(handle)
-    for problem in verify(path):
+    for problem in problems:
         raise StoreFormatError(f"{path} does not read back as it was written, the disk or memory is faulty: {problem}")
 
 
@@ -177,17 +181,26 @@ def _narrow(texts: schema.Array) -> schema.Array:
 
 
 def _copy_rows(handle: int, rows: Gather) -> schema.Array:
-    """Write rows where the file stands, and return the SHA-256 of each block; hashing has a thread of its own."""
-    waiting: list[Future[bytes]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="embedkit-hash") as pool:
-        for start in range(0, rows.shape[0], schema.BLOCK_ROWS):
-            block = rows.read(start, min(start + schema.BLOCK_ROWS, rows.shape[0]))
-            if len(waiting) > 2:
-                waiting[-3].result()  # No more than a few blocks in memory.
-            waiting.append(pool.submit(lambda data: hashlib.sha256(data).digest(), block.data))
+    """Write rows where the file stands, and return the SHA-256 of each block.
+
+    Hashing takes longer than copying, so it has threads of its own, and a few buffers go round.
+    """
+    digests: list[Future[bytes]] = []
+    buffers = [np.empty((schema.BLOCK_ROWS, rows.shape[1]), dtype=rows.dtype) for _ in range(_BUFFERS)]
+    with ThreadPoolExecutor(2, thread_name_prefix="embedkit-hash") as pool:
+        for number, start in enumerate(range(0, rows.shape[0], schema.BLOCK_ROWS)):
+            if number >= _BUFFERS:
+                digests[number - _BUFFERS].result()  # Its buffer is free again.
+            stop = min(start + schema.BLOCK_ROWS, rows.shape[0])
+            block = buffers[number % _BUFFERS][: stop - start]
+            rows.read(start, stop, block)
+            digests.append(pool.submit(_sha256, block.data))
             durable.write_all(handle, block.data)
-    digests = b"".join(future.result() for future in waiting)
-    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
+    return np.frombuffer(b"".join(digest.result() for digest in digests), dtype=np.uint8).reshape(-1, 32)
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _attributes(

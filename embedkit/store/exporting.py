@@ -301,7 +301,10 @@ def _write_parquet(store: Store, target: Path, progress: Progress) -> None:
     columns = _schema(pyarrow, store, target)
     # A dictionary pays for labels only, and on ids and embeddings it costs memory.
     dictionary = ["label"] if store.labels is not None else False
-    with _published(target) as file, parquet.ParquetWriter(file, columns, use_dictionary=dictionary) as writer:
+    with (
+        _published(target) as file,
+        parquet.ParquetWriter(file, columns, use_dictionary=dictionary, write_page_checksum=True) as writer,
+    ):
         for batch in _batches(pyarrow, store, columns, _GROUP_BYTES, progress):
             writer.write_table(pyarrow.Table.from_batches([batch]), row_group_size=_GROUP_ROWS)
 

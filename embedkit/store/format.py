@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,33 @@ def identity(names: Iterable[str]) -> list[str]:
     """Return those of a store's datasets that decide its content id: not times, sizes, failures and checksums."""
     known = ("embeddings", "ids", "content_sha256", "labels", "label_names")
     return sorted(name for name in names if name in known or name.startswith("layers/"))
+
+
+def read_header(path: Path, attributes: Attributes) -> tuple[dict[str, Any], EmbeddingSpec, dict[str, EmbeddingSpec]]:
+    """Return a store's provenance, its spec and those of its layers, from the attributes of the file.
+
+    Raises
+    ------
+    StoreFormatError
+        When they are not those of a store that this version reads.
+    """
+    if attributes.get("format") != FORMAT:
+        raise StoreFormatError(f"{path} is an HDF5 file, but not an embedkit store")
+    version = attributes.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise StoreFormatError(
+            f"{path} has schema version {version}, this embedkit reads {SCHEMA_VERSION}; "
+            "install the embedkit that wrote it, or a newer one"
+        )
+    try:
+        provenance = json.loads(str(attributes["provenance"]))
+        spec = EmbeddingSpec.from_dict(provenance["identity"])
+        layers = {name: EmbeddingSpec.from_dict(values) for name, values in provenance.get("layers", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreFormatError(f"{path}: its provenance cannot be read: {error}") from error
+    if spec.digest != attributes.get("digest"):
+        raise StoreFormatError(f"{path}: its digest does not match its own spec; the file was altered")
+    return provenance, spec, layers
 
 
 _TEXT = ("S",)

@@ -263,7 +263,7 @@ def _dtype(body: bytes) -> np.dtype[Any]:
         return np.dtype(f"<{'i' if bits & 8 else 'u'}{size}")
     if kind == 1 and little_endian and size in (2, 4, 8):
         return np.dtype(f"<f{size}")
-    if kind == 3 and size:
+    if kind == 3 and 0 < size <= 1 << 16:
         return np.dtype(f"S{size}")
     raise LayoutError("it has values of a type that stores do not have")
 

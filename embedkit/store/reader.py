@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ from embedkit.spec import EmbeddingSpec
 from embedkit.store import format as schema
 from embedkit.store.hdf5 import Dataset, LayoutError, read_layout
 from embedkit.store.matrix import Matrix, ReadOnlyFile
-from embedkit.store.tables import Failures, Images
+from embedkit.store.tables import Failure, Failures, Images
 
 if TYPE_CHECKING:
     import pandas
@@ -26,14 +24,6 @@ if TYPE_CHECKING:
 
     from embedkit.store.status import Status
     from embedkit.store.verification import Problem
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be read, and why."""
-
-    id: str
-    error: str
 
 
 class Store:
@@ -111,7 +101,9 @@ class Store:
                 f"{path} is not an embedkit store, was changed by another program, or is damaged: {error}"
             ) from error
         store._datasets = layout.datasets
-        store._read_header(layout.attributes)
+        store.provenance, store.spec, store.layers = schema.read_header(store.path, layout.attributes)
+        store.content_id = str(layout.attributes.get("content_id"))
+        store.run_id = str(layout.attributes.get("run_id"))
         schema.check_columns(store.path, layout.datasets, store.spec, store.layers)
         store._choose(layer)
         return store
@@ -119,27 +111,6 @@ class Store:
     _file: ReadOnlyFile
     _datasets: Mapping[str, Dataset]
     _matrix: Matrix
-
-    def _read_header(self, attributes: schema.Attributes) -> None:
-        if attributes.get("format") != schema.FORMAT:
-            raise StoreFormatError(f"{self.path} is an HDF5 file, but not an embedkit store")
-        version = attributes.get("schema_version")
-        if version != schema.SCHEMA_VERSION:
-            raise StoreFormatError(
-                f"{self.path} has schema version {version}, this embedkit reads {schema.SCHEMA_VERSION}; "
-                "install the embedkit that wrote it, or a newer one"
-            )
-        try:
-            self.provenance = json.loads(str(attributes["provenance"]))
-            self.spec = EmbeddingSpec.from_dict(self.provenance["identity"])
-            layers = dict(self.provenance.get("layers", {}))
-            self.layers = {name: EmbeddingSpec.from_dict(values) for name, values in layers.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreFormatError(f"{self.path}: its provenance cannot be read: {error}") from error
-        if self.spec.digest != attributes.get("digest"):
-            raise StoreFormatError(f"{self.path}: its digest does not match its own spec; the file was altered")
-        self.content_id = str(attributes.get("content_id"))
-        self.run_id = str(attributes.get("run_id"))
 
     def _choose(self, layer: str | None) -> None:
         self.layer = layer
@@ -401,6 +372,33 @@ class Store:
         from embedkit.store.combining import select
 
         return select(self, output, rows, overwrite=overwrite, progress=progress)
+
+    def export(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Path]:
+        """Write the store as .parquet, .npy, .safetensors, .csv or .lance; see `embedkit.store.export`."""
+        from embedkit.store.exporting import export
+
+        return export(self, output, overwrite=overwrite, progress=progress)
+
+    @staticmethod
+    def import_from(
+        source: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        *,
+        names: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Store:
+        """Make a store of embeddings in another format; see `embedkit.store.import_embeddings`."""
+        from embedkit.store.importing import import_embeddings
+
+        return import_embeddings(source, output, names=names, name=name, overwrite=overwrite, progress=progress)
 
     def to_pandas(self, *, embeddings: bool = False) -> pandas.DataFrame:
         """Return a data frame indexed by id: label, size, modification time and content hash of every row.

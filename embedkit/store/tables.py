@@ -16,6 +16,14 @@ Array = npt.NDArray[Any]
 Self = TypeVar("Self", bound="_Table")
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read, and why."""
+
+    id: str
+    error: str
+
+
 class _Table:
     """Columns of one length."""
 

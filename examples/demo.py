@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +40,20 @@ def find_weights() -> Path:
 
 
 def write_digits(folder: Path, split: Path) -> int:
-    """Write 1,797 scans of handwritten digits as PNG files, every fifth of them for testing."""
+    """Write 1,797 scans of handwritten digits as PNG files, every fifth of each digit for testing."""
     shutil.rmtree(folder, ignore_errors=True)
     scans, digits = load_digits(return_X_y=True)
     with split.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "split"])
-        for number, (scan, digit) in enumerate(zip(scans, digits, strict=True)):
+        written: Counter[int] = Counter()
+        for number, (scan, digit) in enumerate(zip(scans, digits.tolist(), strict=True)):
             path = folder / str(digit) / f"{number:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.rint(scan.reshape(8, 8) * (255 / 16)).astype(np.uint8)
             Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(path)
-            rows.writerow([path.relative_to(folder).as_posix(), "test" if number % 5 == 0 else "train"])
+            rows.writerow([path.relative_to(folder).as_posix(), "test" if written[digit] % 5 == 0 else "train"])
+            written[digit] += 1
     return len(scans)
 
 
@@ -68,7 +71,9 @@ def main() -> None:
     digits, split, store, page = (OUTPUT / name for name in ("digits", "split.csv", "digits.h5", "search.html"))
     print(f"wrote {write_digits(digits, split):,} scans of handwritten digits to {os.path.relpath(digits)}")
     run("extract", digits, "-o", store, "-m", weights, "--overwrite")
+    run("extract", digits, "-o", store, "-m", weights)
     run("info", store)
+    run("verify", store)
     run("probe", store, "--split", split, "--quiet")
     run("search", store, sorted((digits / "3").iterdir())[0], "-k", "8", "--html", page)
     print(f"\nstore: {store}\npage:  {page}")

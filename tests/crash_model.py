@@ -1,30 +1,41 @@
 """What is left on a disk when a writer is killed or the power fails, at any moment of a recorded run.
 
-`record` runs the writer under strace, `states` replays what it did on a `Disk`, and a disk says what a reader finds
-after a kill (everything that was done) and after a power cut (what was synced, and some of the rest).
+`states` replays on a `Disk` what `crash_writer.record` recorded, and a disk says what a reader finds after a kill
+(everything that was done) and after a power cut (what was synced, and some of the rest).
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import random
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-import crash_writer
-from crash_writer import Said
-
 PAGE = 4096
 
 Tree = dict[str, Union[bytes, "Tree"]]
 Operation = tuple[Any, ...]
+
+
+@dataclass
+class Said:
+    """What writers have said so far."""
+
+    acknowledged: set[str] = field(default_factory=set)
+    computed: list[str] = field(default_factory=list)
+    done: bool = False
+
+    def __call__(self, text: str) -> None:
+        word, _, rest = text.partition(" ")
+        if word == "computed":
+            self.computed.append(rest)
+        elif word == "kept":
+            self.acknowledged.add(rest)
+        elif word == "ack":
+            self.acknowledged |= set(self.computed)
+        self.done = word == "done"
 
 
 @dataclass(eq=False)
@@ -241,93 +252,3 @@ def write_tree(tree: Tree, folder: Path) -> None:
             write_tree(content, folder / name)
         else:
             (folder / name).write_bytes(content)
-
-
-# The recording.
-
-# With a question mark, for some machines lack some.
-_CALLS = (
-    "?open,?openat,?openat2,?creat,?write,?writev,?pwrite64,?pwritev,?pwritev2,?sendfile,?copy_file_range,"
-    "?rename,?renameat,?renameat2,?link,?linkat,?unlink,?unlinkat,?symlink,?mkdir,?mkdirat,?rmdir,"
-    "?fsync,?fdatasync,?truncate,?ftruncate,?fallocate,?close,?lseek,?dup,?dup2,?dup3,?fcntl,?execve"
-)
-_LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)")
-
-
-def why_not() -> str:
-    """Return why nothing can be recorded here, or nothing."""
-    if not shutil.which("strace"):
-        return "strace is not installed"
-    command = ["strace", "-f", "-o", os.devnull, "-e", f"trace={_CALLS}", "true"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return f"strace cannot trace here: {done.stderr.strip()[-200:]}" if done.returncode else ""
-
-
-def record(root: Path, target: str, generation: str) -> list[Operation]:
-    """Run the writer under strace, and return what it did below `root`."""
-    trace = root.with_name(f"{root.name}.trace")
-    writer = [sys.executable, crash_writer.__file__, os.fspath(root / target), generation]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ["strace", "-f", "-xx", "-s", str(1 << 24), "-o", os.fspath(trace), "-e", f"trace={_CALLS}", *writer]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    operations = list(parse(trace.read_text().splitlines(), os.fspath(root)))
-    said = [operation[1] for operation in operations if operation[0] == "say"]
-    assert said == done.stdout.splitlines()
-    trace.unlink()
-    return operations
-
-
-def parse(lines: Iterable[str], root: str) -> Iterator[Operation]:
-    """Yield the operations of a trace that concern a folder, with paths relative to it."""
-    unfinished: dict[str, str] = {}
-    foreign: set[str] = set()
-    writer = ""
-    for line in lines:
-        pid = line.split(" ", 1)[0]
-        writer = writer or pid
-        if "execve(" in line and pid != writer:
-            foreign.add(pid)  # Another program, say uname, that something asked for on import.
-        if pid in foreign:
-            continue
-        if line.endswith("<unfinished ...>"):
-            unfinished[pid] = line.removesuffix("<unfinished ...>")
-            continue
-        if "resumed>" in line:
-            line = unfinished.pop(pid) + line.split("resumed>", 1)[1]
-        match = _LINE.match(line)
-        if match is None or match[4].startswith("-"):
-            continue  # A signal, an exit, or a call that failed.
-        call, arguments, result = match[2], match[3], int(match[4])
-        texts = [bytes.fromhex(text.replace("\\x", "")) for text in re.findall(r'"((?:\\x..)*)"', arguments)]
-        yield from _operation(call, arguments.split(", "), texts, result, root.encode())
-
-
-def _operation(call: str, arguments: list[str], texts: list[bytes], result: int, root: bytes) -> Iterator[Operation]:
-    first = arguments[0]
-    if call == "write" and first == "1":
-        yield from (("say", line) for line in texts[0].decode().splitlines())
-    elif call == "write":
-        assert len(texts[0]) >= result, "strace cut a buffer short"
-        yield "write", int(first), texts[0][:result]
-    elif call in ("fsync", "fdatasync", "close"):
-        yield "close" if call == "close" else "sync", int(first)
-    elif call == "ftruncate":
-        yield "resize", int(first), int(arguments[1])
-    elif call == "fallocate":
-        yield "allocate", int(first), int(arguments[2]) + int(arguments[3])
-    elif call == "lseek":
-        yield "seek", int(first), result
-    elif call in ("dup", "dup2", "dup3") or (call == "fcntl" and "F_DUPFD" in arguments[1]):
-        yield "dup", int(first), result
-    elif texts and all(text == root or text.startswith(root + b"/") for text in texts):
-        assert first == "AT_FDCWD" or not call.endswith(("at", "at2")), "paths below a descriptor are not understood"
-        kind = "rmdir" if "AT_REMOVEDIR" in arguments[-1] else call.removesuffix("2").removesuffix("at")
-        assert kind in ("open", "rename", "link", "unlink", "mkdir", "rmdir"), f"{call} is not understood"
-        paths = [os.fsdecode(text[len(root) + 1 :]) for text in texts]
-        if kind == "open":
-            yield "open", result, paths[0], arguments[2 if call == "openat" else 1]
-        else:
-            yield kind, *paths
-    else:
-        assert call not in ("writev", "pwrite64", "pwritev", "pwritev2", "sendfile", "copy_file_range"), call

@@ -1,16 +1,20 @@
-"""A writer to crash: one run over 40 images whose embeddings follow from their bytes. It needs no torch.
+"""A writer to crash, and the recording of what it does to files.
 
-As a program it is given the store, what to make of it and, perhaps, that it is to wait once it has begun.
+It is one run over 40 images whose embeddings follow from their bytes, and needs no torch. As a program it is given the
+store, what to make of it and, perhaps, that it is to wait once it has begun.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +24,8 @@ from embedkit.store import Failures, Images, Inventory, Rows, Run
 SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=3)
 TARGET = "s.h5"
 PART_ROWS, BATCH_ROWS = 8, 4
+
+Operation = tuple[Any, ...]
 
 
 def images(generation: str) -> dict[str, tuple[bytes, int]]:
@@ -82,23 +88,94 @@ def _rows(part: dict[str, tuple[bytes, int]]) -> Rows:
     )
 
 
-@dataclass
-class Said:
-    """What writers have said so far."""
+# The recording.
 
-    acknowledged: set[str] = field(default_factory=set)
-    computed: list[str] = field(default_factory=list)
-    done: bool = False
+# With a question mark, for some machines lack some.
+_CALLS = (
+    "?open,?openat,?openat2,?creat,?write,?writev,?pwrite64,?pwritev,?pwritev2,?sendfile,?copy_file_range,"
+    "?rename,?renameat,?renameat2,?link,?linkat,?unlink,?unlinkat,?symlink,?mkdir,?mkdirat,?rmdir,"
+    "?fsync,?fdatasync,?truncate,?ftruncate,?fallocate,?close,?lseek,?dup,?dup2,?dup3,?fcntl,?execve"
+)
+_LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)")
 
-    def __call__(self, text: str) -> None:
-        word, _, rest = text.partition(" ")
-        if word == "computed":
-            self.computed.append(rest)
-        elif word == "kept":
-            self.acknowledged.add(rest)
-        elif word == "ack":
-            self.acknowledged |= set(self.computed)
-        self.done = word == "done"
+
+def why_not() -> str:
+    """Return why nothing can be recorded here, or nothing."""
+    if not shutil.which("strace"):
+        return "strace is not installed"
+    command = ["strace", "-f", "-o", os.devnull, "-e", f"trace={_CALLS}", "true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return f"strace cannot trace here: {done.stderr.strip()[-200:]}" if done.returncode else ""
+
+
+def record(root: Path, target: str, generation: str) -> list[Operation]:
+    """Run the writer under strace, and return what it did below `root`."""
+    trace = root.with_name(f"{root.name}.trace")
+    writer = [sys.executable, __file__, os.fspath(root / target), generation]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["strace", "-f", "-xx", "-s", str(1 << 24), "-o", os.fspath(trace), "-e", f"trace={_CALLS}", *writer]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    operations = list(parse(trace.read_text().splitlines(), os.fspath(root)))
+    said = [operation[1] for operation in operations if operation[0] == "say"]
+    assert said == done.stdout.splitlines()
+    trace.unlink()
+    return operations
+
+
+def parse(lines: Iterable[str], root: str) -> Iterator[Operation]:
+    """Yield the operations of a trace that concern a folder, with paths relative to it."""
+    unfinished: dict[str, str] = {}
+    foreign: set[str] = set()
+    writer = ""
+    for line in lines:
+        pid = line.split(" ", 1)[0]
+        writer = writer or pid
+        if "execve(" in line and pid != writer:
+            foreign.add(pid)  # Another program, say uname, that something asked for on import.
+        if pid in foreign:
+            continue
+        if line.endswith("<unfinished ...>"):
+            unfinished[pid] = line.removesuffix("<unfinished ...>")
+            continue
+        if "resumed>" in line:
+            line = unfinished.pop(pid) + line.split("resumed>", 1)[1]
+        match = _LINE.match(line)
+        if match is None or match[4].startswith("-"):
+            continue  # A signal, an exit, or a call that failed.
+        call, arguments, result = match[2], match[3], int(match[4])
+        texts = [bytes.fromhex(text.replace("\\x", "")) for text in re.findall(r'"((?:\\x..)*)"', arguments)]
+        yield from _operation(call, arguments.split(", "), texts, result, root.encode())
+
+
+def _operation(call: str, arguments: list[str], texts: list[bytes], result: int, root: bytes) -> Iterator[Operation]:
+    first = arguments[0]
+    if call == "write" and first == "1":
+        yield from (("say", line) for line in texts[0].decode().splitlines())
+    elif call == "write":
+        assert len(texts[0]) >= result, "strace cut a buffer short"
+        yield "write", int(first), texts[0][:result]
+    elif call in ("fsync", "fdatasync", "close"):
+        yield "close" if call == "close" else "sync", int(first)
+    elif call == "ftruncate":
+        yield "resize", int(first), int(arguments[1])
+    elif call == "fallocate":
+        yield "allocate", int(first), int(arguments[2]) + int(arguments[3])
+    elif call == "lseek":
+        yield "seek", int(first), result
+    elif call in ("dup", "dup2", "dup3") or (call == "fcntl" and "F_DUPFD" in arguments[1]):
+        yield "dup", int(first), result
+    elif texts and all(text == root or text.startswith(root + b"/") for text in texts):
+        assert first == "AT_FDCWD" or not call.endswith(("at", "at2")), "paths below a descriptor are not understood"
+        kind = "rmdir" if "AT_REMOVEDIR" in arguments[-1] else call.removesuffix("2").removesuffix("at")
+        assert kind in ("open", "rename", "link", "unlink", "mkdir", "rmdir"), f"{call} is not understood"
+        paths = [os.fsdecode(text[len(root) + 1 :]) for text in texts]
+        if kind == "open":
+            yield "open", result, paths[0], arguments[2 if call == "openat" else 1]
+        else:
+            yield kind, *paths
+    else:
+        assert call not in ("writev", "pwrite64", "pwritev", "pwritev2", "sendfile", "copy_file_range"), call
 
 
 def _main(target: str, generation: str, wait: str = "") -> None:

@@ -6,6 +6,7 @@ runs the same command again. EMBEDKIT_CRASH_STATES=N tries N power cuts, EMBEDKI
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import os
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ sys.path.insert(0, os.path.dirname(__file__))  # --import-mode=importlib leaves 
 
 import crash_model
 import crash_writer
-from crash_model import Disk, Tree
-from crash_writer import TARGET, Said, perform
+from crash_model import Disk, Operation, Said, State, Tree
+from crash_writer import TARGET, perform
 
 from embedkit import Store, StoreBusyError
 from embedkit.store import verify
@@ -45,7 +46,7 @@ class Recording:
 
     before: Tree
     generation: str
-    operations: list[crash_model.Operation]
+    operations: list[Operation]
     final: bytes
     content_id: str
 
@@ -60,7 +61,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def strace() -> None:
-    reason = crash_model.why_not()
+    reason = crash_writer.why_not()
     if reason:
         pytest.skip(reason)
 
@@ -80,7 +81,7 @@ def before(request: pytest.FixtureRequest, scratch: Path) -> tuple[Tree, str]:
 def recording(before: tuple[Tree, str], scratch: Path, strace: None) -> Recording:
     folder = scratch / f"recorded-{before[1]}"
     crash_model.write_tree(before[0], folder)
-    operations = crash_model.record(folder, TARGET, before[1])
+    operations = crash_writer.record(folder, TARGET, before[1])
     assert os.listdir(folder) == [TARGET] and verify(folder / TARGET) == []
     final = (folder / TARGET).read_bytes()
     return Recording(*before, operations, final, Store.open(folder / TARGET).content_id)
@@ -165,10 +166,15 @@ def test_every_moment_of_a_kill(recording: Recording, judge: Judge) -> None:
     judge.verdict()
 
 
+def moments_of(states: Iterable[State], count: int, chance: random.Random) -> list[int]:
+    """Draw moments to cut the power at, from those behind which something is different."""
+    return chance.choices([state.number for state in states if state.new or state.kind == "sync"], k=count)
+
+
 def test_power_cuts(recording: Recording, judge: Judge) -> None:
     """With nothing but what is synced after each acknowledgement, with some of the rest at any other moment."""
     chance = random.Random(0)
-    moments = [chance.randint(0, len(recording.operations)) for _ in range(POWER_CUTS)]
+    moments = moments_of(crash_model.states(Disk(recording.before), recording.operations), POWER_CUTS, chance)
     for state in crash_model.states(Disk(recording.before), recording.operations):
         at = f"power cut after operation {state.number} ({state.kind})"
         if (state.kind == "say" and state.new) or (EVERYTHING and state.kind in ("sync", "link", "rename", "unlink")):
@@ -191,7 +197,7 @@ def test_a_power_cut_while_going_on_after_a_kill(recording: Recording, judge: Ju
     for number, kind, disk, said in killed:
         folder = scratch / "killed"
         crash_model.write_tree(disk.after_kill(), folder)
-        operations = crash_model.record(folder, TARGET, recording.generation)
+        operations = crash_writer.record(folder, TARGET, recording.generation)
         final = (folder / TARGET).read_bytes()
         shutil.rmtree(folder)
         if "run.json" not in disk.after_kill().get(f"{TARGET}.parts", {}):
@@ -200,7 +206,7 @@ def test_a_power_cut_while_going_on_after_a_kill(recording: Recording, judge: Ju
             )  # Its run has an id of its own.
         elif final != recording.final:
             judge.problems.append(f"killed after operation {number} ({kind}): the next run's store differs")
-        moments = [chance.randint(0, len(operations)) for _ in range(POWER_CUTS // 12)]
+        moments = moments_of(crash_model.states(copy.deepcopy(disk), operations), POWER_CUTS // 12, chance)
         for state in crash_model.states(disk, operations, said):
             at = f"killed after operation {number} ({kind}), power cut after {state.number} ({state.kind}) of the next"
             if state.kind in ("say", "sync", "unlink") and (state.new or state.kind == "sync"):
@@ -214,7 +220,7 @@ def test_a_power_cut_while_going_on_after_a_kill(recording: Recording, judge: Ju
 def test_a_power_cut_when_the_folder_of_the_store_is_new(scratch: Path, strace: None) -> None:
     folder = scratch / "new"
     folder.mkdir()
-    operations = crash_model.record(folder, f"sub/folder/{TARGET}", "first")
+    operations = crash_writer.record(folder, f"sub/folder/{TARGET}", "first")
     lost = [
         f"after operation {state.number}"
         for state in crash_model.states(Disk({}), operations)

@@ -165,8 +165,8 @@ class Backbone:
             arguments["model"] = os.fspath(model)
         if spec.backbone == "imported":
             raise BackboneError(
-                "these embeddings were imported and do not say what made them, so no image can be embedded alike; search "
-                "with embeddings or rows"
+                "these embeddings were imported and do not say what made them, so no image can be embedded alike; "
+                "search with embeddings or rows"
             )
         if not isinstance(arguments.get("model"), str):
             raise BackboneError("the store does not say where its backbone came from; name it with -m MODEL (model=)")

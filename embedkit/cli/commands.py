@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from embedkit.cli import printing
-from embedkit.cli.options import FILE, backbone_options, device_option, json_option, quiet_option
+from embedkit.cli.options import FILE, backbone_options, device_option, json_option, layer_option, quiet_option
 
 
 @click.command()
@@ -99,6 +99,7 @@ def info(store: Path, as_json: bool) -> None:
 @click.argument("queries", type=FILE, nargs=-1, metavar="[QUERY]...")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Search with a row of the store; may be repeated.")
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours of each query.")
+@layer_option
 @click.option("-m", "--model", help="Where the store's backbone is now, when it has moved.")
 @device_option
 @json_option
@@ -109,6 +110,7 @@ def search(
     queries: tuple[Path, ...],
     ids: tuple[str, ...],
     k: int,
+    layer: str | None,
     model: str | None,
     device: str,
     as_json: bool,
@@ -122,10 +124,11 @@ def search(
     """
     from embedkit.backbones import Backbone
     from embedkit.index import Index, image_path, search_page
+    from embedkit.store import Store
 
     if not queries and not ids:
         raise click.UsageError("name an image to search with, or a row with --id")
-    index = Index.build(store)
+    index = Index.build(Store.open(store, layer=layer))
     if queries and (model is not None or device != "auto"):
         index.backbone = Backbone.reload(index.store.spec, index.store.recipe, model=model, device=device)
     rows = [printing.row_of(index.store, id) for id in ids]
@@ -144,6 +147,7 @@ def search(
 @click.option("--split", type=FILE, help="CSV with the columns path and split (and perhaps label), for one store.")
 @click.option("--train-split", default="train", show_default=True, help="What --split calls the rows to fit.")
 @click.option("--test-split", help="What it calls the rows to score.  [default: test, else val]")
+@layer_option
 @click.option("--protocol", default="default", show_default=True, help="How to fit and score.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the held-out part and the bootstrap.")
 @json_option
@@ -154,6 +158,7 @@ def probe(
     split: Path | None,
     train_split: str,
     test_split: str | None,
+    layer: str | None,
     protocol: str,
     seed: int,
     as_json: bool,
@@ -165,10 +170,12 @@ def probe(
     rows are scored once.
     """
     from embedkit.evaluation import probe as probe_stores
+    from embedkit.store import Store
 
+    other = None if test is None else Store.open(test, layer=layer)
     report = probe_stores(
-        train, test, split=split, protocol=protocol, seed=seed, train_split=train_split, test_split=test_split,
-        progress=lambda line: printing.notice(line, quiet),
+        Store.open(train, layer=layer), other, split=split, protocol=protocol, seed=seed, train_split=train_split,
+        test_split=test_split, progress=lambda line: printing.notice(line, quiet),
     )  # fmt: skip
     click.echo(json.dumps(report.to_dict()) if as_json else report.to_text())
 

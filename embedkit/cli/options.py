@@ -80,6 +80,7 @@ device_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text for people.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists at the output.")
+layer_option = click.option("--layer", metavar="NAME", help="A layer of the store instead of its embeddings.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
 
 

@@ -32,7 +32,7 @@ SHOWN_CLASSES = 30
 def notice(line: str, quiet: bool = False) -> None:
     """Print one line for people on standard error, above a progress bar where there is one."""
     if not quiet:
-        tqdm.write(printable(line), file=sys.stderr)  # type: ignore[operator]
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 class NoticeHandler(logging.Handler):

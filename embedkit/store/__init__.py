@@ -5,6 +5,8 @@ never written to again, only replaced by a rename.
 """
 
 from embedkit.store.combining import ON_CONFLICT, matching, merge, named, select
+from embedkit.store.exporting import export
+from embedkit.store.importing import import_embeddings
 from embedkit.store.parts import Rows
 from embedkit.store.reader import Store
 from embedkit.store.runs import Run
@@ -16,5 +18,5 @@ from embedkit.store.writer import StoreWriter, refuse_existing
 
 __all__ = [
     "ON_CONFLICT", "Changes", "Failure", "Failures", "Images", "Inventory", "Problem", "Rows", "Run", "Status", "Store",
-    "StoreWriter", "Update", "matching", "merge", "named", "refuse_existing", "select", "verify",
+    "StoreWriter", "Update", "export", "import_embeddings", "matching", "merge", "named", "refuse_existing", "select", "verify",
 ]  # fmt: skip

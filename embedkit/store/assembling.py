@@ -22,7 +22,6 @@ from embedkit.store.matrix import Matrix
 from embedkit.store.tables import Failures, Images
 from embedkit.store.verification import verify
 
-
 _BUFFERS = 4
 
 

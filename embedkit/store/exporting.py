@@ -298,24 +298,24 @@ def _write_csv(store: Store, target: Path, progress: Progress) -> None:
 
 def _write_parquet(store: Store, target: Path, progress: Progress) -> None:
     pyarrow, parquet = (optional(name, "pyarrow", "parquet") for name in ("pyarrow", "pyarrow.parquet"))
-    columns = _schema(pyarrow, store, target)
+    columns = arrow_schema(pyarrow, store, target.suffix)
     # A dictionary pays for labels only, and on ids and embeddings it costs memory.
     dictionary = ["label"] if store.labels is not None else False
     with (
         _published(target) as file,
         parquet.ParquetWriter(file, columns, use_dictionary=dictionary, write_page_checksum=True) as writer,
     ):
-        for batch in _batches(pyarrow, store, columns, _GROUP_BYTES, progress):
+        for batch in arrow_batches(pyarrow, store, columns, _GROUP_BYTES, progress):
             writer.write_table(pyarrow.Table.from_batches([batch]), row_group_size=_GROUP_ROWS)
 
 
 def _write_lance(store: Store, target: Path, progress: Progress) -> None:
     lance = optional("lance", "pylance", "lance")
     pyarrow = optional("pyarrow", "pyarrow", "lance")
-    columns = _schema(pyarrow, store, target)
+    columns = arrow_schema(pyarrow, store, target.suffix)
     made, old = (target.parent / durable.aside_name() for _ in range(2))
     try:
-        batches = _batches(pyarrow, store, columns, _BLOCK_BYTES, progress)
+        batches = arrow_batches(pyarrow, store, columns, _BLOCK_BYTES, progress)
         lance.write_dataset(pyarrow.RecordBatchReader.from_batches(columns, batches), os.fspath(made))
         for folder, _, names in os.walk(made):
             for name in names:
@@ -338,7 +338,7 @@ def _write_lance(store: Store, target: Path, progress: Progress) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _schema(pyarrow: Any, store: Store, target: Path) -> Any:
+def arrow_schema(pyarrow: Any, store: Store, holder: str) -> Any:
     """Return the Arrow schema of a store; Arrow's text is UTF-8, so this is where other ids are refused."""
     for kind, texts in (("id", store.ids), ("class", store.classes)):
         for text in texts:
@@ -346,8 +346,8 @@ def _schema(pyarrow: Any, store: Store, target: Path) -> Any:
                 text.encode()
             except UnicodeEncodeError:
                 raise StoreFormatError(
-                    f"{target}: the {kind} {text!r} of {store.path} is not UTF-8, and {target.suffix} holds nothing "
-                    "else; export to .npy or .safetensors"
+                    f"the {kind} {text!r} of {store.path} is not UTF-8, and {holder} holds nothing else; export to .npy "
+                    "or .safetensors"
                 ) from None
     fields = [("id", pyarrow.string()), *([("label", pyarrow.string())] if store.labels is not None else [])]
     fields += [("size", pyarrow.uint64()), ("mtime_ns", pyarrow.int64()), ("content_sha256", pyarrow.binary(32))]
@@ -356,7 +356,7 @@ def _schema(pyarrow: Any, store: Store, target: Path) -> Any:
     return pyarrow.schema(fields, metadata={b"embedkit": canonical_json(_provenance(store)).encode()})
 
 
-def _batches(pyarrow: Any, store: Store, columns: Any, most: int, progress: Progress) -> Iterator[Any]:
+def arrow_batches(pyarrow: Any, store: Store, columns: Any, most: int, progress: Progress) -> Iterator[Any]:
     """Yield a store's rows as Arrow record batches of about `most` bytes."""
     matrices, images = _matrices(store), store.images
     for start, stop in _ranges(len(store), 4 * sum(matrix.shape[1] for matrix in matrices.values()) + 256, most):

@@ -26,12 +26,12 @@ from embedkit.store.vectors import (
     Vectors,
     checked_shape,
     is_vector,
-    mapped_vectors,
     npy_header,
     npy_vectors,
     open_table,
     parquet_vectors,
     reading,
+    stored_vectors,
 )
 
 Texts = list[str | None]
@@ -205,7 +205,7 @@ def _npz(path: Path, names: Path | None, scratch: Path, stack: ExitStack) -> Sou
         if rows.file_size > _BOMB_BYTES and rows.file_size > 100 * rows.compress_size:
             raise ValueError(f"{rows.compress_size:,} bytes would unpack to {rows.file_size:,}")
         ids = [] if called is None else _npz_texts(archive, called, count)
-    # Unpacked, because a map reads any order of the axes, and twice, where an archive is read from the front.
+    # Unpacked: an archive reads from front to back only, and rows may lie in any order and be read twice.
     unpacked = stack.enter_context(durable.aside(scratch))
     with open(unpacked, "xb") as out:
         for chunk in _unpacked(path, rows):
@@ -312,7 +312,7 @@ def _safetensors(path: Path) -> Source:
         codes = column("labels").tolist() if "labels" in tensors else None
         return Source(
             path,
-            mapped_vectors(path, path, np.dtype("<f4"), base + tensors["embeddings"]["data_offsets"][0], (count, dim)),
+            stored_vectors(path, path, np.dtype("<f4"), base + tensors["embeddings"]["data_offsets"][0], (count, dim)),
             _texts(texts.tolist()),
             None if codes is None else _labels(codes, _texts(json.loads(metadata["classes"]))),
             column("sizes").tolist(),

@@ -69,23 +69,24 @@ def npy_vectors(path: Path, shown: Path | None = None) -> Vectors:
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
         count, dim = checked_shape(shape, dtype, size - offset)
 
-    return mapped_vectors(path, shown, dtype, offset, (count, dim), fortran)
+    return stored_vectors(path, shown, dtype, offset, (count, dim), fortran)
 
 
-def mapped_vectors(
+def stored_vectors(
     path: Path, shown: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, int], fortran: bool = False
 ) -> Vectors:
     """Return the rows of an array that lies in a file."""
 
     def blocks() -> Iterator[Array]:
-        row_bytes = shape[1] * dtype.itemsize
-        with reading(shown):
-            for start, stop in _ranges(shape[0], row_bytes):
-                # A map for each block, so that what was read does not count as the memory of this process.
+        with reading(shown), open(path, "rb") as file:
+            file.seek(offset)
+            for start, stop in _ranges(shape[0], shape[1] * dtype.itemsize):
+                # Copies in any case: a map of a file that somebody cuts short ends the process, and none removes a file
+                # that is mapped on Windows.
                 if fortran:
-                    yield np.memmap(path, dtype, "r", offset, shape, "F")[start:stop]
+                    yield np.array(np.memmap(path, dtype, "r", offset, shape, "F")[start:stop], order="C")
                 else:
-                    yield np.memmap(path, dtype, "r", offset + start * row_bytes, (stop - start, shape[1]))
+                    yield np.fromfile(file, dtype, (stop - start) * shape[1]).reshape(stop - start, shape[1])
 
     return Vectors(*shape, blocks)
 

@@ -18,5 +18,6 @@ from embedkit.store.writer import StoreWriter, refuse_existing
 
 __all__ = [
     "ON_CONFLICT", "Changes", "Failure", "Failures", "Images", "Inventory", "Problem", "Rows", "Run", "Status", "Store",
-    "StoreWriter", "Update", "export", "import_embeddings", "matching", "merge", "named", "refuse_existing", "select", "verify",
+    "StoreWriter", "Update", "export", "import_embeddings", "matching", "merge", "named", "refuse_existing", "select",
+    "verify",
 ]  # fmt: skip

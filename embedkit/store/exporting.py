@@ -346,8 +346,8 @@ def arrow_schema(pyarrow: Any, store: Store, holder: str) -> Any:
                 text.encode()
             except UnicodeEncodeError:
                 raise StoreFormatError(
-                    f"the {kind} {text!r} of {store.path} is not UTF-8, and {holder} holds nothing else; export to .npy "
-                    "or .safetensors"
+                    f"the {kind} {text!r} of {store.path} is not UTF-8, and {holder} holds nothing else; export to "
+                    ".npy or .safetensors"
                 ) from None
     fields = [("id", pyarrow.string()), *([("label", pyarrow.string())] if store.labels is not None else [])]
     fields += [("size", pyarrow.uint64()), ("mtime_ns", pyarrow.int64()), ("content_sha256", pyarrow.binary(32))]

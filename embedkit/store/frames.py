@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from embedkit.store.exporting import arrow_batches, arrow_schema, optional
+
 if TYPE_CHECKING:
     import pandas
+    import pyarrow
 
     from embedkit.store.reader import Store
+
+_BATCH_BYTES = 64 << 20
 
 
 def to_pandas(store: Store, *, embeddings: bool = False) -> pandas.DataFrame:

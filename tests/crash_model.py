@@ -60,7 +60,7 @@ class Folder:
 
 @dataclass(eq=False)
 class Change:
-    """An entry that a folder got, or lost; a rename's loss reaches the disk only after its gain."""
+    """An entry that a folder got, or lost; a rename's loss reaches the disk after its gain, synced or not."""
 
     folder: Folder
     name: str
@@ -119,17 +119,11 @@ class Disk:
                 lost.add(change.folder)
         return survivors
 
-    def _sync_folder(self, folder: Folder, last: Change | None = None) -> None:
-        for change in [change for change in self.pending if change.folder is folder]:
-            if change in self.pending:
-                if change.after in self.pending:
-                    assert change.after is not None
-                    self._sync_folder(change.after.folder, change.after)
-                if change in self.pending:
-                    change.apply(folder.synced)
-                    self.pending.remove(change)
-            if change is last:
-                return
+    def _sync_folder(self, folder: Folder) -> None:
+        for change in list(self.pending):
+            if change.folder is folder and change.after not in self.pending:
+                change.apply(folder.synced)
+                self.pending.remove(change)
 
     def _change(self, path: str, node: File | Folder | None, after: Change | None = None) -> Change:
         *parents, name = path.split("/")

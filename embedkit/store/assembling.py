@@ -218,8 +218,8 @@ def _attributes(
         "content_id": schema.content_id(header.spec.digest, facts),
         "run_id": header.run_id,
         "created": header.created,
-        "backbone": header.spec.backbone,
-        "dim": header.spec.dim,
-        "pooling": header.spec.pool,
     }
+    for name, spec in {"embeddings": header.spec, **{f"layers/{n}": spec for n, spec in header.layers.items()}}.items():
+        # Copies for people who look at the file with other programs.
+        attributes[name] = {"sha256": hashes[name], "backbone": spec.backbone, "pooling": spec.pool}
     return attributes

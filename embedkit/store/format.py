@@ -167,20 +167,19 @@ def lay_out(datasets: Mapping[str, tuple[tuple[int, ...], Any]], attributes: Map
     datasets : mapping of str to (shape, dtype)
         By path. Contiguous, in this order.
     attributes : mapping of str to mapping
-        Of each dataset, and of the root under the empty path: integers and texts.
+        Of each dataset, and of the root under the empty path: integers and texts, at most eight of each. HDF5 would
+        keep more of them outside of the object header.
     """
     import h5py  # A tenth of a second that reading a store need not wait for.
 
     pages = _Pages()
-    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    creation.set_attr_phase_change(64, 0)  # All attributes in the object header, which has a checksum.
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Superblock 2 has checksummed object headers, and no consistency flags that a killed process would leave behind.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
     # On 64-byte boundaries for SIMD, yet off page boundaries, where reads are measurably slower.
     access.set_alignment(1, 64)
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, pages)
-    file = h5py.File(h5py.h5f.create(b"store", h5py.h5f.ACC_TRUNC, creation, access))
+    file = h5py.File(h5py.h5f.create(b"store", h5py.h5f.ACC_TRUNC, fapl=access))
     try:
         offsets = {}
         for path, (shape, dtype) in datasets.items():

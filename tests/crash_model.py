@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +241,8 @@ def read_tree(folder: Path) -> Tree:
 
 
 def write_tree(tree: Tree, folder: Path) -> None:
+    """Make a folder hold just this; what was there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in tree.items():
         if isinstance(content, dict):

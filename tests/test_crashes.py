@@ -272,7 +272,6 @@ def test_a_full_disk_at_every_call(
     content_id = Store.open(folder / TARGET).content_id
     problems = []
     for k in itertools.count(1):
-        shutil.rmtree(folder)
         crash_model.write_tree(tree, folder)
         said, error = Said(), None
         with monkeypatch.context() as patch:
@@ -321,7 +320,6 @@ def _after_full(
         return "" if Store.open(target).content_id == content_id else "the store's content differs"
     # The same run, from its run.json, on a disk with space.
     final = target.read_bytes()
-    shutil.rmtree(folder)
     plan = {name: content for name, content in parts.items() if name == "run.json" or name.startswith("ids-")}
     crash_model.write_tree(tree | {f"{TARGET}.parts": plan}, folder)
     perform(target, generation, Said())

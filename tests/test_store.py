@@ -14,6 +14,7 @@ from embedkit import (
     EmbeddingShapeError,
     EmbeddingSpec,
     Store,
+    StoreBusyError,
     StoreExistsError,
     StoreFormatError,
     StoreNotFoundError,
@@ -163,6 +164,75 @@ def test_a_store_pickles_by_path_into_spawned_workers(tmp_path: Path, monkeypatc
     assert pickle.loads(pickle.dumps(store)).ids == ["a.jpg"]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(_ids_of, [store]) == [["a.jpg"]]
+
+
+def _sum_of(store: Store) -> float:
+    return float(store.rows([0, 1]).sum() + store.embeddings.sum() + store.load().sum())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Later Pythons warn of forks beside threads.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_forked_workers_read_at_once_without_disturbing_one_another(tmp_path: Path) -> None:
+    store = write(tmp_path / "s.h5", ["a.jpg", "b.jpg"], np.ones((2, 3)))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(_sum_of, [store] * 40) == [18.0] * 40
+
+
+def test_an_open_store_stays_itself_when_another_takes_its_name(tmp_path: Path) -> None:
+    old = write(tmp_path / "s.h5", ["a.jpg", "b.jpg"], np.ones((2, 3)))
+    pickled = pickle.dumps(old)
+    write(tmp_path / "s.h5", ["c.jpg"], np.zeros((1, 3)), labels=["x"])
+    assert old.ids == ["a.jpg", "b.jpg"] and old.rows([1]).tolist() == [[1, 1, 1]]
+    assert old.load().sum() == 6 and old.labels is None
+    with pytest.raises(StoreFormatError, match="was replaced by another store"):
+        pickle.loads(pickled)
+
+
+def test_rows_by_id_from_the_end_and_out_of_range(tmp_path: Path) -> None:
+    store = write(tmp_path / "s.h5", ["a.jpg", "b.jpg"], np.arange(6).reshape(2, 3))
+    assert store.rows(ids=["b.jpg", "a.jpg", "b.jpg"]).tolist() == [[3, 4, 5], [0, 1, 2], [3, 4, 5]]
+    assert store.rows([-1]).tolist() == [[3, 4, 5]] and store.rows([]).shape == (0, 3)
+    for outside in (2, -3):
+        with pytest.raises(IndexError, match=f"row {outside} does not exist"):
+            store.rows([outside])
+    with pytest.raises(KeyError):
+        store.rows(ids=["c.jpg"])
+    with pytest.raises(TypeError):
+        store.rows()
+
+
+def test_load_fills_arrays_of_other_types_and_layouts(tmp_path: Path) -> None:
+    embeddings = np.random.default_rng(0).standard_normal((5000, 3), dtype=np.float32)
+    store = write(tmp_path / "s.h5", [f"{number:04}" for number in range(5000)], embeddings)
+    assert np.array_equal(store.load(np.float64), embeddings.astype(np.float64))
+    assert np.array_equal(store.load(np.float16), embeddings.astype(np.float16))
+    out = np.empty((5000, 3), dtype=np.float32)
+    assert store.load(out=out) is out and np.array_equal(out, embeddings)
+    strided = np.empty((3, 5000), dtype=np.float32).T
+    assert np.array_equal(store.load(out=strided), embeddings)
+    with pytest.raises(EmbeddingShapeError, match=r"shape \(5000, 3\), the array to fill \(3, 5000\)"):
+        store.load(out=np.empty((3, 5000), dtype=np.float32))
+
+
+def test_a_writer_refuses_a_store_that_another_process_writes(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "s.h5", SPEC) as writer:
+        with pytest.raises(StoreBusyError), StoreWriter(tmp_path / "s.h5", SPEC):
+            pass
+        writer.append(np.ones((1, 3)), ["a"])
+        writer.finalise()
+    assert os.listdir(tmp_path) == ["s.h5"]
+
+
+def test_provenance_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for length, fits in ((50_000, True), (62_000, False)):
+        with StoreWriter(tmp_path / "s.h5", SPEC, information={"note": "x" * length}, overwrite=True) as writer:
+            writer.append(np.ones((1, 3)), ["a"])
+            if fits:
+                writer.finalise()
+            else:
+                with pytest.raises(ValueError, match="a store keeps at most"):
+                    writer.finalise()
+        assert Store.open(tmp_path / "s.h5").information["note"] == "x" * 50_000
 
 
 def test_open_names_what_is_wrong(tmp_path: Path) -> None:

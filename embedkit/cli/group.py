@@ -23,6 +23,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         log, handler = logging.getLogger("embedkit"), NoticeHandler()
         log.addHandler(handler)
+        log.setLevel(logging.INFO)
         ctx.call_on_close(lambda: log.removeHandler(handler))
         try:
             return super().invoke(ctx)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,7 @@ def _encode(sequence: int, digest: str, run_id: str, rows: Rows) -> memoryview:
     return file.data
 
 
-def read_parts(
-    folder: Path,
-    digest: str,
-    known: Mapping[str, Part] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Part]:
+def read_parts(folder: Path, digest: str, known: Mapping[str, Part] | None = None) -> dict[str, Part]:
     """Return the whole parts in a folder by file name, in the order of their numbers.
 
     A part whose bytes do not match its name is renamed ``.bad`` and warned about; its rows are computed again.
@@ -105,16 +100,13 @@ def read_parts(
     new = [name for name in names if name not in (known or {})]
     parts = dict(known or {})
     with ThreadPoolExecutor(2, thread_name_prefix="embedkit-parts") as pool:
-        for done, (name, part) in enumerate(
-            zip(new, pool.map(lambda name: _read_part(folder / name, digest), new), strict=True), 1
-        ):
+        found = pool.map(lambda name: _read_part(folder / name, digest), new)
+        for name, part in zip(new, found, strict=True):
             if isinstance(part, Part):
                 parts[name] = part
             else:
                 log.warning("%s is set aside, its rows are computed again: %s", folder / name, part)
                 os.replace(folder / name, folder / f"{name}.bad")
-            if progress is not None:
-                progress(done, len(new))
     return {name: parts[name] for name in names if name in parts}
 
 

@@ -55,8 +55,6 @@ class Run:
         Whether a store at `path` is replaced instead of updated.
     repair : bool, default False
         Whether rows of the store whose checksums do not match are computed again. Otherwise they are an error.
-    progress : callable, optional
-        Called with parts verified and parts there are.
 
     Raises
     ------
@@ -77,7 +75,6 @@ class Run:
         information: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         repair: bool = False,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path = Path(os.path.realpath(path))
         self.folder = parts_folder(self.path)
@@ -87,7 +84,7 @@ class Run:
         self.base: Store | None = None
         self.parts: dict[str, Part] = {}
         self.plan = NO_PLAN
-        self._overwrite, self._repair, self._progress = overwrite, repair, progress
+        self._overwrite, self._repair = overwrite, repair
         self._damage = Damage()
         self._stack = ExitStack()
 
@@ -122,7 +119,9 @@ class Run:
             self._damage = find_damage(self.base) if self._repair else self._damage
         if note is not None:
             self._resume(note)
-        self.parts = read_parts(self.folder, self.digest, progress=self._progress)
+        written = sum(path.stat().st_size for path in self.folder.glob("part-*"))
+        _say_when_long("reading what an earlier run computed", written)
+        self.parts = read_parts(self.folder, self.digest)
 
     def _resume(self, note: dict[str, Any]) -> None:
         if note["digest"] != self.digest:
@@ -258,16 +257,16 @@ class Run:
         needed, free = (missing + total) * width if missing else 0, durable.free_bytes(self.folder)
         if needed > free:
             log.warning(
-                "%s needs about %.1f GB until it is finished, and %.1f GB are free; when the disk is full the run "
+                "%s needs about %s until it is finished, and %s are free; when the disk is full the run "
                 "stops, and goes on where it stopped once there is space",
-                self.path, needed / 1e9, free / 1e9,
+                self.path, in_megabytes(needed), in_megabytes(free),
             )  # fmt: skip
 
     def write(self, number: int, rows: Rows) -> None:
         """Write one part of the plan durably."""
         write_part(self.folder, number, self.digest, self.header.run_id, rows)
 
-    def finalise(self, update: Update, *, progress: Callable[[int, int], None] | None = None) -> bool:
+    def finalise(self, update: Update) -> bool:
         """Publish the store that holds the update's inventory, and return whether it differs from the one before.
 
         Raises
@@ -285,8 +284,10 @@ class Run:
         content = content_of(self.header, update, gather_known(self.base, [*sources, *new]))
         changed = self.base is None or not is_same(self.base, content)
         if changed:
+            width = 4 * sum(spec.dim for spec in (self.header.spec, *self.header.layers.values()))
+            _say_when_long("writing the store", len(content.images) * width)
             if self.base is not None and not self._repair:
-                for problem in verify(self.base.path, progress=progress):
+                for problem in verify(self.base.path):
                     raise StoreFormatError(
                         f"{self.path} is damaged and cannot be copied as it is: {problem}; what was computed is kept, "
                         "run the same command with --repair"
@@ -306,6 +307,17 @@ class Run:
                 path.unlink()
         durable.sync_folder(self.folder)
         self.parts, self.plan = {}, NO_PLAN
+
+
+def in_megabytes(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _say_when_long(what: str, size: int) -> None:
+    """Log what is going on when it takes more than a few seconds, at about half a gigabyte a second."""
+    if size > 1e9:
+        log.info("%s (%s)", what, in_megabytes(size))
 
 
 def published_run(path: Path) -> str | None:

@@ -104,7 +104,7 @@ class Content:
 
 def publish(path: Path, folder: Path, header: Header, content: Content) -> None:
     """Write a store aside in a folder of the same file system, and give it its name in place of whatever has it."""
-    with durable.aside(folder) as aside:
+    with durable.aside(folder) as aside, durable.naming(path):
         write_store(aside, header, content)
         durable.publish_over(aside, path)
 

@@ -41,12 +41,24 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
 
     After an error the file is worthless, and so is another fsync of it: the kernel reports a lost page once.
     """
-    handle = create(path)
+    with naming(path):
+        handle = create(path)
+        try:
+            write_all(handle, data)
+            sync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system name the file that they are about."""
     try:
-        write_all(handle, data)
-        sync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
@@ -80,16 +92,17 @@ def sync_folder(folder: Path) -> None:
 
 def publish_new(source: Path, target: Path) -> bool:
     """Give a durable file its name unless that name is taken, durably; return whether it was free."""
+    free = True
     try:
         os.link(source, target)
     except FileExistsError:
-        return False
+        free = False
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         os.replace(source, target)  # This file system has no links.
     sync_folder(target.parent)
-    return True
+    return free
 
 
 def publish_over(source: Path, target: Path) -> None:
@@ -124,6 +137,6 @@ def reserve(handle: int, path: Path, size: int) -> None:
 
 
 __all__ = [
-    "ASIDE", "aside", "aside_name", "create", "free_bytes", "publish_new", "publish_over", "reserve", "sync",
+    "ASIDE", "aside", "aside_name", "create", "free_bytes", "naming", "publish_new", "publish_over", "reserve", "sync",
     "sync_folder", "write_all", "write_durably",
 ]  # fmt: skip

@@ -173,13 +173,17 @@ def lay_out(datasets: Mapping[str, tuple[tuple[int, ...], Any]], attributes: Map
     import h5py  # A tenth of a second that reading a store need not wait for.
 
     pages = _Pages()
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(
+        False
+    )  # Of the root; otherwise the same store would differ from one second to another.
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # Superblock 2 has checksummed object headers, and no consistency flags that a killed process would leave behind.
     access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
     # On 64-byte boundaries for SIMD, yet off page boundaries, where reads are measurably slower.
     access.set_alignment(1, 64)
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, pages)
-    file = h5py.File(h5py.h5f.create(b"store", h5py.h5f.ACC_TRUNC, fapl=access))
+    file = h5py.File(h5py.h5f.create(b"store", h5py.h5f.ACC_TRUNC, creation, access))
     try:
         offsets = {}
         for path, (shape, dtype) in datasets.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from embedkit.errors import StoreBusyError
-from embedkit.store.durable import sync_folder, write_all
+from embedkit.store.durable import ASIDE, sync_folder, write_all
 
 # Long enough for another process that only looks whether the lock is held.
 _PATIENCE_SECONDS = 0.5
@@ -34,7 +34,10 @@ class Holder:
 
 
 class Lock:
-    """Holds ``FOLDER/lock`` while it is entered; the folder is made, and goes with the lock when it is empty.
+    """Holds ``FOLDER/lock`` while it is entered.
+
+    The folder is made, files that a killed holder left in the making are removed from it, and it goes with the lock
+    when it is empty.
 
     Raises
     ------
@@ -59,10 +62,11 @@ class Lock:
         return self
 
     def _acquire(self) -> bool:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if not self.folder.is_dir():
-            self.folder.mkdir(exist_ok=True)
-            sync_folder(self.folder.parent)
+        missing = [one for one in (self.folder, *self.folder.parents) if not one.is_dir()]
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+        for one in [self.folder, *missing]:
+            sync_folder(one.parent)  # An earlier run may have been killed between the two.
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
@@ -71,9 +75,15 @@ class Lock:
             os.close(handle)
             return False
         note = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-        os.ftruncate(handle, 0)
-        write_all(handle, json.dumps(note).encode())
+        try:
+            os.ftruncate(handle, 0)
+            write_all(handle, json.dumps(note).encode())
+        except BaseException:
+            os.close(handle)
+            raise
         self._handle = handle
+        for leftover in self.folder.glob(f"{ASIDE}*"):
+            leftover.unlink()
         return True
 
     def _is_current(self, handle: int) -> bool:

@@ -52,11 +52,8 @@ class Part:
 def write_part(folder: Path, sequence: int, digest: str, run_id: str, rows: Rows) -> Path:
     """Write one part durably: when this returns, its rows survive a power cut.
 
-    A part is written once. Where another writer was faster, its file stands and ours is dropped.
+    A part is written once: where another writer was faster, its file stands and ours is dropped.
     """
-    present = sorted(folder.glob(f"part-{sequence:06}.*.h5"))
-    if present:
-        return present[0]
     data = _encode(sequence, digest, run_id, rows)
     name = f"part-{sequence:06}.{hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]}.h5"
     with durable.aside(folder) as path:

@@ -104,10 +104,10 @@ class Run:
 
     def _recover(self) -> None:
         """Find what an earlier run left: nothing, parts to go on with, or a published store that was not tidied up."""
-        for leftover in self.folder.glob(f"{durable.ASIDE}*"):
-            leftover.unlink()
+        durable.sync_folder(self.folder)  # An earlier run may have been killed before it could.
         note = read_note(self.folder)
         if note is not None and published_run(self.path) == note["run_id"]:
+            self._overwrite = self._overwrite and note["digest"] != self.digest  # It has been done.
             self._tidy()
             note = None
         if self.path.exists() and not self._overwrite:
@@ -185,7 +185,7 @@ class Run:
         self._refuse_a_stranger(inventory, known, entry, kept)
         plan, todo = self._plan_for(inventory.ids[missing], pending, part_size, batch_size)
         self._warn_about_space(int(missing.sum()), len(inventory))
-        own = np.array([entry[image] == at for image, at in kept.items()], dtype=bool)
+        own = np.array([entry[image] == same for image, same in kept.items()], dtype=bool)
         failed = found & at(known.failed, entry)
         base_ids = self.base.images.ids if self.base is not None else inventory.ids[:0]
         changes = Changes(
@@ -220,10 +220,10 @@ class Run:
     ) -> dict[int, int]:
         """Return the images whose content is known; a file is read for that only when its size is that of one."""
         sizes = np.unique(known.sizes[usable & ~known.failed])
-        at = np.searchsorted(sizes, inventory.sizes.astype(np.uint64)).clip(max=max(0, len(sizes) - 1))
-        likely = unsettled & (sizes[at] == inventory.sizes) if len(sizes) else np.zeros(len(inventory), dtype=bool)
-        if any_size and len(sizes):
-            likely = unsettled  # The store may not know sizes, only hashes.
+        # With `any_size`, for a store may know hashes and no sizes.
+        likely = unsettled & ((len(sizes) > 0) if any_size else np.isin(inventory.sizes.astype(np.uint64), sizes))
+        if not likely.any():
+            return {}
         return same_content(known, usable, entry, hashes(np.flatnonzero(likely).tolist()))
 
     def _refuse_a_stranger(

@@ -1,6 +1,6 @@
 """Writes the store of the current schema that every later version must be able to open.
 
-Run once for each released schema, ``python tests/data/make_store.py tests/data/store-v1.h5``; never for one that exists.
+Run once for each schema, ``python tests/data/make_store.py tests/data/store-v1.h5``; never for one that is released.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ class Gather:
             source.read(start, start + len(out), out)
         else:
             out[...] = source.read(start, start + len(out))
+        if source.passing:
+            source.forget(start, start + len(out))
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,13 @@ class ReadOnlyFile:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows of one width, contiguous in a file."""
+    """Rows of one width, contiguous in a file; `passing` when they are copied once and then the file is deleted."""
 
     file: ReadOnlyFile
     offset: int
     shape: tuple[int, int]
     dtype: np.dtype[Any]
+    passing: bool = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -109,6 +110,13 @@ class Matrix:
             out = np.empty((stop - start, self.shape[1]), dtype=self.dtype)
         self.file.read_into(self.offset + start * self.row_bytes, out)
         return out
+
+    def forget(self, start: int, stop: int) -> None:
+        """Let the kernel drop these rows from memory: a copy then need not wait for memory of its own."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.handle() as handle:
+                length = (stop - start) * self.row_bytes
+                os.posix_fadvise(handle, self.offset + start * self.row_bytes, length, os.POSIX_FADV_DONTNEED)
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return rows in any order, with repeats.

@@ -137,7 +137,7 @@ def _read_part(path: Path, digest: str) -> Part | str:
                     return f"/{name} has shape {found.shape} for {len(images)} rows"
                 shape = (found.shape[0], found.shape[1])
                 layer = "" if name == "embeddings" else name.removeprefix("layers/")
-                matrices[layer] = Matrix(file, found.offset, shape, found.dtype)
+                matrices[layer] = Matrix(file, found.offset, shape, found.dtype, passing=True)
         return Part(path, int(named[1]), images, failures, matrices)
     except (LayoutError, KeyError, IndexError) as error:
         return f"it is not a part file: {error}"

@@ -171,7 +171,7 @@ class StoreWriter:
         codes = {label: code for code, label in enumerate(classes)}
         labels = np.array([-1 if label is None else codes[label] for label in columns.labels], dtype="<i4")[rows]
         dim = self.header.spec.dim
-        spool = Matrix(ReadOnlyFile(self._spool, keep=True), 0, (len(rows), dim), np.dtype("<f4"))
+        spool = Matrix(ReadOnlyFile(self._spool, keep=True), 0, (len(rows), dim), np.dtype("<f4"), passing=True)
         gather = Gather([spool], np.zeros(len(rows), dtype=np.int64), rows, dim)
         content = Content(images, self._failures(), labels if classes else None, classes, gather)
         publish(self.path, self._spool.parent, self.header, content)

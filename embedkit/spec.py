@@ -37,7 +37,7 @@ class Preprocessing:
     alpha : str
         What transparent pixels become. Always ``"white"``: the image is laid over white paper.
     decoder : str
-        The library that decodes the file.
+        What decodes and resizes: "pillow", or what `embedkit.Backbone.load` calls ``decode="standard"`` or "fast".
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -76,6 +76,8 @@ class EmbeddingSpec:
         How images become pixels.
     precision : str
         Number format of the forward pass.
+    views : tuple of str
+        Further views of each image that are averaged with the plain one, such as ``flip``.
 
     Examples
     --------
@@ -95,6 +97,7 @@ class EmbeddingSpec:
     pool: str = "default"
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     precision: str = "float32"
+    views: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -107,6 +110,8 @@ class EmbeddingSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values."""
         values: dict[str, Any] = json.loads(canonical_json(dataclasses.asdict(self)))
+        if not self.views:
+            del values["views"]  # It came later: specs without it keep their digests.
         return values
 
     @classmethod
@@ -122,7 +127,8 @@ class EmbeddingSpec:
             pixels = dict(values["preprocessing"])
             for name in ("img_size", "mean", "std"):
                 pixels[name] = tuple(pixels[name])
-            spec = cls(**{**values, "preprocessing": Preprocessing(**pixels)})
+            views = tuple(str(view) for view in values.get("views", ()))
+            spec = cls(**{**values, "preprocessing": Preprocessing(**pixels), "views": views})
         except (KeyError, TypeError, ValueError) as error:
             raise StoreFormatError(f"the embedding spec is incomplete or has unknown fields: {error}") from error
         if not isinstance(spec.dim, int) or not isinstance(spec.backbone, str):

@@ -29,6 +29,8 @@ MAY_IMPORT = {
 }
 ONLY_USER = {
     "PIL": "images",
+    "simplejpeg": "images",
+    "openvino": "backbones",
     "timm": "backbones",
     "torchvision": "backbones",
     "h5py": "store",

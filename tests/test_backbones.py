@@ -133,16 +133,23 @@ def test_a_sidecar_cannot_reach_out_of_its_folder_and_its_hash_is_checked(tiny_b
         Backbone.load(inside / "x.json")
 
 
+def normalised(crops: Any, backbone: Backbone) -> torch.Tensor:
+    pixels = backbone.preprocessing
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
+    return (torch.from_numpy(crops).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
 def test_poolings_are_what_they_say(tiny_backbone: Path) -> None:
     timm = import_timm()
     crops = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     plain = Backbone.load(tiny_backbone)
     model = timm.create_model("test_resnet", num_classes=0).eval()
     model.load_state_dict(load_file(tiny_backbone.with_suffix(".safetensors")), strict=False)
-    x = (torch.from_numpy(crops).permute(0, 3, 1, 2) / 255 - plain._mean) / plain._std
+    x = normalised(crops, plain)
     with torch.inference_mode():
         features = model.forward_features(x).numpy()  # (2, c, h, w)
     expected = {"avg": features.mean((2, 3)), "max": features.max((2, 3)), "flatten": features.reshape(2, -1)}
+    expected["gem"] = (np.clip(features, 1e-6, None) ** 3).mean((2, 3)) ** (1 / 3)
     for pool, embeddings in expected.items():
         found = Backbone.load(tiny_backbone, pool=pool).embed_pixels(list(crops))
         np.testing.assert_allclose(found, embeddings, atol=1e-5)
@@ -157,11 +164,11 @@ def test_token_poolings_leave_the_class_token_out_or_take_it_alone(tmp_path: Pat
 
     def embed(pool: str) -> Any:
         backbone = Backbone.load(tmp_path / "vit.safetensors", arch="test_vit", pool=pool)
-        embed.mean, embed.std = backbone._mean, backbone._std  # type: ignore[attr-defined]
+        embed.backbone = backbone  # type: ignore[attr-defined]
         return backbone.embed_pixels(list(crops))
 
     found = {pool: embed(pool) for pool in ("cls", "avg", "max", "flatten")}
-    x = (torch.from_numpy(crops).permute(0, 3, 1, 2) / 255 - embed.mean) / embed.std  # type: ignore[attr-defined]
+    x = normalised(crops, embed.backbone)  # type: ignore[attr-defined]
     with torch.inference_mode():
         tokens = model.forward_features(x).numpy()  # (2, 1 + patches, d)
     np.testing.assert_allclose(found["cls"], tokens[:, 0], atol=1e-5)
@@ -258,7 +265,7 @@ def test_the_classifier_on_an_embedding_gives_the_models_logits(real: Any, weigh
     timm = import_timm()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(real), is_training=False)
     paths = sorted(flowers.glob("*/*.jpg"))[::600]
-    backbone = Backbone.load(weights / f"{REAL}.json")
+    backbone = Backbone.load(weights / f"{REAL}.json", decode="exact")
     with torch.inference_mode():
         logits = real(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths]))
         ours = real.get_classifier()(torch.from_numpy(backbone.embed(paths)))
@@ -288,4 +295,4 @@ def test_a_folder_of_several_backbones_asks_which(weights: Path) -> None:
 def test_real_batches_agree_whatever_their_size(weights: Path, flowers: Path) -> None:
     paths = sorted(flowers.glob("*/*.jpg"))[::110]
     backbone = Backbone.load(weights / f"{REAL}.json")
-    np.testing.assert_allclose(backbone.embed(paths, batch_size=1), backbone.embed(paths, batch_size=32), atol=1e-5)
+    np.testing.assert_allclose(backbone.embed(paths, batch_size=1), backbone.embed(paths, batch_size=32), atol=1e-4)

@@ -73,9 +73,10 @@ def test_extract_passes_every_option_on(photos: Path, tiny_backbone: Path, tmp_p
         "extract", photos, "-o", tmp_path / "s.h5", "-m", weights, "--arch", "test_resnet", "--arch-kwargs",
         "drop_rate=0.0", "--img-size", "48,64", "--crop-pct", "0.8", "--crop-mode", "squash", "--interpolation",
         "lanczos", "--mean", "0.5", "--std", "0.1,0.2,0.3", "--pool", "max", "--no-exif", "--device", "cpu", "-b", 5,
-        "-j", 1, "--json",
+        "-j", 1, "--decode", "exact", "--precision", "bf16", "--tta", "flip", "--scales", "1,0.5", "--json",
     )  # fmt: skip
     spec = json.loads(result.stdout)["spec"]
+    assert spec["precision"] == "bfloat16" and spec["views"] == ["flip", "scale:0.5"]
     assert spec["pool"] == "max" and spec["arch_kwargs"] == {"drop_rate": 0.0}
     assert spec["preprocessing"] == {
         "img_size": [48, 64], "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "lanczos",

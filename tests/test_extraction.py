@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from embedkit import Backbone, ImageError, extract
 from embedkit.backbones import import_timm
-from embedkit.extraction import Progress
+from embedkit.extraction import Measured, Progress
 from embedkit.store import Changes
 
 
@@ -84,9 +85,14 @@ def test_bad_images_are_named_and_cost_no_other_image(hostile: Path, backbone: B
 def test_progress_ends_at_the_total_and_counts_failures(hostile: Path, backbone: Backbone, tmp_path: Path) -> None:
     seen: list[Progress] = []
     extract(hostile, tmp_path / "s.h5", backbone, batch_size=4, progress=seen.append)
-    assert seen[-1] == Progress(done=22, total=22, failed=6, kept=2, committed=22, changes=Changes(new=20))
+    last = dataclasses.replace(seen[-1], measured=Measured())
+    assert last == Progress(done=22, total=22, failed=6, kept=2, committed=22, changes=Changes(new=20))
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen) and len(seen) > 1
     assert all(progress.committed <= progress.done for progress in seen)
+    measured = seen[-1].measured
+    shares = (measured.read, measured.decode, measured.forward, measured.wait)
+    assert all(0 < share < 1 for share in shares) and sum(shares) == pytest.approx(1)
+    assert measured.images_per_second == pytest.approx(20 / measured.seconds)
 
 
 def test_nothing_is_written_when_no_image_can_be_read(backbone: Backbone, tmp_path: Path) -> None:
@@ -110,12 +116,13 @@ def test_overwrite_makes_a_store_anew(photos: Path, backbone: Backbone, tmp_path
 
 
 def test_the_classifier_on_stored_embeddings_gives_the_models_logits(
-    photos: Path, tiny_backbone: Path, backbone: Backbone, tmp_path: Path
+    photos: Path, tiny_backbone: Path, tmp_path: Path
 ) -> None:
     timm = import_timm()
     model = timm.create_model("test_resnet", num_classes=10).eval()
     model.load_state_dict(load_file(tiny_backbone.with_suffix(".safetensors")))
     config = json.loads(tiny_backbone.read_text())["pretrained_cfg"]
+    backbone = Backbone.load(tiny_backbone, decode="exact")
     transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config), is_training=False)
     store = extract(photos, tmp_path / "s.h5", backbone)
     with torch.inference_mode():

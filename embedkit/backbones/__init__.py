@@ -5,7 +5,24 @@ The only room that uses timm. A backbone eats images, so it may use the images r
 
 from embedkit.backbones.backbone import Backbone
 from embedkit.backbones.catalogue import ModelInfo, list_models
-from embedkit.backbones.streaming import Batch, in_batches, stream
+from embedkit.backbones.choosing import Choice, Trial
+from embedkit.backbones.engines import ENGINES, Engine
+from embedkit.backbones.streaming import Batch, Seconds, Steps, in_batches, stream, usable_processors
 from embedkit.backbones.timm_import import import_timm
 
-__all__ = ["Backbone", "Batch", "ModelInfo", "import_timm", "in_batches", "list_models", "stream"]
+__all__ = [
+    "ENGINES",
+    "Backbone",
+    "Batch",
+    "Choice",
+    "Engine",
+    "ModelInfo",
+    "Seconds",
+    "Steps",
+    "Trial",
+    "import_timm",
+    "in_batches",
+    "list_models",
+    "stream",
+    "usable_processors",
+]

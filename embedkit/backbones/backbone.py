@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from embedkit.backbones import arguments as given
+from embedkit.backbones.choosing import Choice, choose
+from embedkit.backbones.engines import Engine, eager
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
-from embedkit.backbones.pooling import check_pool, pooled
-from embedkit.backbones.streaming import in_batches, stream
-from embedkit.backbones.timm_import import import_timm
-from embedkit.errors import BackboneError, ImageError
-from embedkit.images import CROP_MODES, INTERPOLATIONS, crop, read_image
+from embedkit.backbones.network import Network, whole_size
+from embedkit.backbones.pooling import whole_name
+from embedkit.backbones.streaming import embed_many, with_threads
+from embedkit.errors import BackboneError
+from embedkit.images import read_crop
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
 
@@ -61,6 +62,9 @@ class Backbone:
         std: Sequence[float] | None = None,
         pool: str = "default",
         exif: bool = True,
+        decode: str = "standard",
+        precision: str = "fp32",
+        views: Sequence[str] = (),
         device: str = "auto",
     ) -> Backbone:
         """Load a backbone.
@@ -79,13 +83,22 @@ class Backbone:
             Replace single facts of the preprocessing that the weights were trained with. `img_size` is one side or
             (height, width), in pixels.
         pool : str, default "default"
-            One of default, avg, max, cls and flatten, or ``MODULE:POOL`` for the output of a module inside the network,
-            such as ``layer3:avg``.
-            The model's own pooling, because that is what its weights were trained with. The others pool the last
-            feature map or tokens.
+            The model's own pooling, because that is what its weights were trained with. avg, max, gem, cls and flatten
+            pool the last feature map or tokens; ``MODULE:POOL`` pools what a module inside the network returns, such as
+            ``layer3:avg``, where MODULE may be the number of one of timm's feature levels, such as ``-2:gem``.
         exif : bool, default True
             Whether EXIF orientation is applied. Phones store photographs sideways; published protocols mostly
             ignored that.
+        decode : {"standard", "exact", "fast"}, default "standard"
+            How pixels are decoded and resized. "standard" differs from timm's transform by one grey level on a few
+            pixels in a thousand (cosine above 0.9999) and takes a third of the time; "exact" equals it bit for bit;
+            "fast" decodes large JPEGs at a fraction of their size (cosine about 0.9995).
+        precision : {"fp32", "bf16", "fp16"}, default "fp32"
+            Number format of the forward pass. Half the bits take half the time where the hardware has them, and move
+            the numbers: an extraction says by how much.
+        views : sequence of str, optional
+            More views of each image, whose embeddings are averaged with that of the plain one: ``flip`` for its mirror
+            image, ``five-crop`` for the four corners, ``scale:0.7`` for a smaller one.
         device : str, default "auto"
             "auto" takes the first GPU, otherwise the processor; any torch device is taken at its word.
 
@@ -107,21 +120,23 @@ class Backbone:
         >>> backbone.embed("query.jpg").shape  # doctest: +SKIP
         (384,)
         """
-        check_pool(pool)
+        given.check_choices(decode, precision, views)
         source = resolve(os.fspath(model), arch, arch_kwargs)
-        size = _size(img_size)
+        size = given.image_size(img_size)
         network = build(source, size)
         overrides: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
         overrides |= {"mean": mean, "std": std, "input_size": None if size is None else (3, *size)}
         backbone = cls.__new__(cls)
-        backbone.device = _device(device)
-        backbone._network = network.eval().requires_grad_(False)
-        preprocessing = _preprocessing(network, overrides, exif)
-        backbone._set_up(preprocessing, pool, source)
+        backbone.device = given.usable_device(device)
+        backbone._model = network.eval().requires_grad_(False)
+        preprocessing = given.preprocessing_of(network, overrides, exif, decode)
+        pool = whole_name(network, pool)
+        backbone._set_up(preprocessing, pool, source, precision, tuple(views))
         where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
-        backbone.recipe = _without_defaults(
+        backbone.recipe = given.without_defaults(
             model=where, arch=arch, arch_kwargs=dict(arch_kwargs or {}), img_size=size, crop_pct=crop_pct,
-            crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std, pool=pool, exif=exif,
+            crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std, pool=pool, exif=exif, decode=decode,
+            precision=precision, views=tuple(views),
         )  # fmt: skip
         return backbone
 
@@ -161,6 +176,7 @@ class Backbone:
         """
         known = inspect.signature(cls.load).parameters.keys() - {"device"}
         arguments = {name: value for name, value in recipe.items() if name in known}
+        arguments |= given.numeric_choices(spec)
         if model is not None:
             arguments["model"] = os.fspath(model)
         if spec.backbone == "imported":
@@ -177,19 +193,21 @@ class Backbone:
         spec.require_same(backbone.spec, f"{arguments['model']} is not the backbone that made the store")
         return backbone
 
-    _network: nn.Module
+    _model: nn.Module
 
-    def _set_up(self, preprocessing: Preprocessing, pool: str, source: Source) -> None:
-        sha256 = weights_sha256(self._network)
+    def _set_up(
+        self, preprocessing: Preprocessing, pool: str, source: Source, precision: str, views: tuple[str, ...]
+    ) -> None:
+        sha256 = weights_sha256(self._model)
         # Interleaved channels are how decoded pixels lie in memory, and the faster layout for convolutions.
-        self._network = self._network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        config = getattr(self._network, "pretrained_cfg", {})
-        self._pool, self.preprocessing = pool, preprocessing
-        self._layer_dims: dict[str, int] = {}
-        self._mean = torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
-        self._std = torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
+        self._model = self._model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        config = getattr(self._model, "pretrained_cfg", {})
+        self._pool, self._precision, self._views, self.preprocessing = pool, precision, views, preprocessing
+        self._pixels = whole_size(preprocessing, views)
+        self._networks: dict[tuple[str, ...], Network] = {}
+        self._engines: dict[tuple[str, ...], Engine] = {}
         try:
-            dim = self._forward(np.zeros((1, *preprocessing.img_size, 3), dtype=np.uint8), [pool])[0].shape[1]
+            dim = self._run([self._blank()], [pool])[0].shape[1]
         except (RuntimeError, AssertionError) as error:
             raise BackboneError(
                 f"{source.arch} cannot embed {preprocessing.img_size[0]} x {preprocessing.img_size[1]} pixels: {error}"
@@ -202,6 +220,8 @@ class Backbone:
             pool=pool,
             dim=dim,
             preprocessing=preprocessing,
+            precision=given.PRECISIONS[precision],
+            views=views,
         )
 
     def __repr__(self) -> str:
@@ -222,17 +242,19 @@ class Backbone:
             f"{pixels.interpolation}), {self.spec.pool} pooling, on {self.device}"
         )
 
-    def embed(self, images: Any, *, batch_size: int = 32, workers: int | None = None) -> npt.NDArray[np.float32]:
+    def embed(
+        self, images: Any, *, batch_size: int | None = None, workers: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """Embed one image or many.
 
         Parameters
         ----------
         images : path, bytes, PIL image, array, or a sequence of them
             An array is one image of shape (h, w) or (h, w, c), or many of shape (n, h, w, c).
-        batch_size : int, default 32
-            Images a forward pass.
+        batch_size : int, optional
+            Images a forward pass; by default 8 on a processor, whose caches hold no more, and 256 on a GPU.
         workers : int, optional
-            Decoding threads; by default one for each usable processor.
+            Threads; by default one for each usable processor.
 
         Returns
         -------
@@ -252,15 +274,13 @@ class Backbone:
         (2, 512)
         """
         single = isinstance(images, str | bytes | os.PathLike) or _is_pil(images) or getattr(images, "ndim", 4) < 4
-        parts = [np.empty((0, self.dim), dtype=np.float32)]
-        pixels = partial(self.pixels, id=None)
-        items = [images] if single else images
-        for batch in stream(in_batches(items, batch_size), pixels, self.embed_pixels, workers=workers):
-            if batch.failures:
-                raise batch.failures[0][1]
-            parts.append(batch.embeddings)
-        embeddings = np.concatenate(parts)
+        embeddings = embed_many(self, [images] if single else images, batch_size or self.batch_size, workers)
         return embeddings[0] if single else embeddings
+
+    @property
+    def batch_size(self) -> int:
+        """Images a forward pass, where nobody asks for another number."""
+        return 8 if self.device.type == "cpu" else 256
 
     def pixels(self, source: Any, *, id: str | None = None) -> npt.NDArray[np.uint8]:
         """Return the crop that the network sees, before scaling, as uint8 of shape (h, w, 3).
@@ -277,12 +297,7 @@ class Backbone:
         ImageError
             When it cannot be read.
         """
-        image = read_image(source, id=id, exif=self.preprocessing.exif)
-        try:
-            return crop(image, self.preprocessing)
-        except ImageError as error:  # The crop knows pixels only, not whose they are.
-            name = id or (os.fspath(source) if isinstance(source, str | os.PathLike) else error.id)
-            raise ImageError(name, error.reason) from error
+        return read_crop(source, self._pixels, id=id)
 
     def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Embed crops that `pixels` made, in one forward pass.
@@ -326,15 +341,64 @@ class Backbone:
         BackboneError
             As `embed_pixels`; and when the network has no such layer.
         """
-        pools = [self._pool, *layers]
+        return self.run(self._eager([self._pool, *layers]), crops, layers)
+
+    def run(
+        self, engine: Engine, crops: Sequence[npt.NDArray[np.uint8]], layers: Sequence[str]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Return what `embed_layers` returns, by an engine that `choose_engine` chose for these layers."""
+        names = ("", *layers)
         if not crops:
-            return {name: np.empty((0, self.layer_spec(name).dim), dtype=np.float32) for name in ("", *layers)}
-        found = self._forward(np.stack(crops), pools)
+            return {name: np.empty((0, self.layer_spec(name).dim), dtype=np.float32) for name in names}
+        found = engine(crops)
         if not all(np.isfinite(embeddings).all() for embeddings in found):
             raise BackboneError(
                 f"{self.spec.backbone} returned infinities or NaN for real pixels; are these its weights, undamaged?"
             )
-        return dict(zip(("", *layers), found, strict=True))
+        return dict(zip(names, found, strict=True))
+
+    def choose_engine(
+        self,
+        crops: Sequence[npt.NDArray[np.uint8]],
+        count: int,
+        *,
+        layers: Sequence[str] = (),
+        engine: str = "auto",
+        batch_size: int | None = None,
+        workers: int = 1,
+        threads: int = 1,
+    ) -> Choice:
+        """Choose how a job runs: the fastest way that returns the numbers of eager float32, tried on its own images.
+
+        Parameters
+        ----------
+        crops : sequence of arrays of shape (h, w, 3)
+            uint8: some images of the job.
+        count : int
+            Images of the job. A short one does not wait for a compiler.
+        layers : sequence of str, optional
+            As for `embed_layers`.
+        engine : str, default "auto"
+            "auto", or one of eager, graph, openvino and compile by name.
+        batch_size : int, optional
+            Images a pass; by default `batch_size`.
+        workers, threads : int, default 1
+            Threads that will run it, and that each pass may use.
+
+        Returns
+        -------
+        Choice
+
+        Raises
+        ------
+        BackboneError
+            When the network returns infinities or NaN, or a named engine cannot be had.
+        """
+        network = self._network([self._pool, *layers])
+        size = batch_size or self.batch_size
+        return with_threads(threads, lambda: choose(
+            network, crops, count, engine=engine, batch_size=size, precision=self._precision, workers=workers,
+        ))  # fmt: skip
 
     def layer_spec(self, layer: str) -> EmbeddingSpec:
         """Return the spec of one of `embed_layers`: that of this backbone with another pooling.
@@ -344,77 +408,40 @@ class Backbone:
         BackboneError
             When the network has no such layer.
         """
-        if layer and layer not in self._layer_dims:
-            check_pool(layer)
-            zeros = np.zeros((1, *self.preprocessing.img_size, 3), dtype=np.uint8)
-            self._layer_dims[layer] = self._forward(zeros, [layer])[0].shape[1]
-        return replace(self.spec, pool=layer, dim=self._layer_dims[layer]) if layer else self.spec
+        if not layer:
+            return self.spec
+        pool = self.whole_name(layer)
+        return replace(self.spec, pool=pool, dim=self._run([self._blank()], [pool])[0].shape[1])
 
-    def _forward(self, crops: npt.NDArray[np.uint8], pools: Sequence[str]) -> list[npt.NDArray[np.float32]]:
-        """Return embeddings of shape (b, d) for crops of shape (b, h, w, 3), one array for each pooling."""
-        count = len(crops)
-        if count == 1:
-            # Alone, an image goes through other routines of the processor's library, and its last bits differ.
-            crops = np.concatenate([crops, crops])
-        batch = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last
-        with torch.inference_mode():
-            # The same three operations in the same order as timm's transform, so that every bit agrees.
-            x = batch.float().div_(255.0).sub_(self._mean).div_(self._std)
-            return [found[:count].float().cpu().numpy() for found in pooled(self._network, x, pools)]
+    def whole_name(self, layer: str) -> str:
+        """Return what a layer is called in full, such as ``blocks.8:avg`` for ``-4``.
 
+        Raises
+        ------
+        BackboneError
+            When the network has no such layer.
+        """
+        return whole_name(self._model, layer)
 
-def _size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if img_size is None:
-        return None
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise BackboneError(f"img_size is one side or (height, width) in pixels, got {img_size}")
-    return int(sides[0]), int(sides[1])
+    def _network(self, pools: Sequence[str]) -> Network:
+        whole = tuple(self.whole_name(pool) for pool in pools)
+        if whole not in self._networks:
+            network = Network(self._model, self.preprocessing, whole, self._views)
+            self._networks[whole] = network.to(self.device).eval()
+        return self._networks[whole]
 
+    def _eager(self, pools: Sequence[str]) -> Engine:
+        """Return the engine that needs no choosing."""
+        key = tuple(pools)
+        if key not in self._engines:
+            self._engines[key] = eager(self._network(pools), 32, self._precision)
+        return self._engines[key]
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"device {device!r} cannot be used: {reason}; only --device auto chooses") from error
-    return found
+    def _run(self, crops: Sequence[npt.NDArray[np.uint8]], pools: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+        return self._eager(pools)(crops)
 
-
-def _preprocessing(network: nn.Module, overrides: Mapping[str, Any], exif: bool) -> Preprocessing:
-    """Return the preprocessing that the weights were trained with, and the facts that were overridden."""
-    arguments = {name: value for name, value in overrides.items() if value is not None}
-    for name in ("mean", "std"):
-        if name in arguments and len(arguments[name]) not in (1, 3):
-            raise BackboneError(f"--{name} takes one number or three, got {len(arguments[name])}")
-    config = import_timm().data.resolve_model_data_config(network, args=arguments)
-    channels, height, width = config["input_size"]
-    if channels != 3:
-        raise BackboneError(f"this backbone takes {channels} channels; embedkit embeds RGB images")
-    if config["crop_mode"] not in CROP_MODES:
-        raise BackboneError(f"unknown crop mode {config['crop_mode']!r}; choose one of {', '.join(CROP_MODES)}")
-    if config["interpolation"] not in INTERPOLATIONS:
-        raise BackboneError(
-            f"unknown interpolation {config['interpolation']!r}; choose one of {', '.join(INTERPOLATIONS)}"
-        )
-    mean, std = (tuple(float(value) for value in config[name]) for name in ("mean", "std"))
-    crop_pct = float(config["crop_pct"])
-    if not 0 < crop_pct <= 1 or not all(math.isfinite(value) for value in mean) or min(std) <= 0:
-        raise BackboneError(f"crop_pct must be in (0, 1] and std positive, got {crop_pct}, {std}")
-    return Preprocessing(
-        img_size=(height, width), crop_pct=crop_pct, crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"], mean=mean, std=std, exif=exif,
-    )  # fmt: skip
-
-
-def _without_defaults(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments that differ from those of `Backbone.load`, as JSON values."""
-    defaults: dict[str, Any] = {"pool": "default", "exif": True, "arch_kwargs": {}}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    return {name: value for name, value in plain.items() if value != defaults.get(name)}
+    def _blank(self) -> npt.NDArray[np.uint8]:
+        return np.zeros((*self._pixels.img_size, 3), dtype=np.uint8)
 
 
 def _is_pil(value: object) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,29 +12,74 @@ from torch import Tensor, nn
 
 from embedkit.errors import BackboneError
 
-POOLS = ("default", "avg", "max", "cls", "flatten")
+POOLS = ("default", "avg", "max", "gem", "cls", "flatten")
+_GEM_POWER, _GEM_FLOOR = 3.0, 1e-6  # Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation, 2018.
 
 
-def check_pool(pool: str) -> None:
-    """Raise BackboneError unless this names a pooling: POOL, or MODULE:POOL for one inside the network."""
-    module, colon, kind = pool.rpartition(":")
-    if kind not in POOLS or (colon and (kind == "default" or not module)):
+def whole_name(model: nn.Module, pool: str) -> str:
+    """Return what a pooling is called in full: POOL, or MODULE:POOL for one inside the network.
+
+    MODULE may also be the number of one of timm's feature levels, such as -1 for the last, and avg may be left out.
+
+    Raises
+    ------
+    BackboneError
+        When there is no such pooling, or no such level.
+    """
+    if pool in POOLS:
+        return pool
+    module, colon, kind = pool.rpartition(":") if ":" in pool else (pool, ":", "avg")
+    if kind not in POOLS or kind == "default" or not module:
         raise BackboneError(
             f"unknown pooling {pool!r}; choose one of {', '.join(POOLS)}, or MODULE:POOL such as layer3:avg"
         )
+    if module.removeprefix("-").isdecimal():
+        levels = [level["module"] for level in getattr(model, "feature_info", [])]
+        if not -len(levels) <= int(module) < len(levels):
+            raise BackboneError(f"this backbone has {len(levels)} feature levels, and none is number {module}")
+        module = levels[int(module)]
+    elif ":" not in pool and module not in dict(model.named_modules()):
+        raise BackboneError(
+            f"unknown pooling {pool!r}; choose one of {', '.join(POOLS)}, or name a module, such as layer3:avg"
+        )
+    return f"{module}{colon}{kind}"
 
 
-def pooled(model: nn.Module, pixels: Tensor, pools: Sequence[str]) -> list[Tensor]:
+class Taps:
+    """What modules inside a network return, kept apart for every thread that runs it."""
+
+    def __init__(self, model: nn.Module, pools: Sequence[str]) -> None:
+        self._seen = threading.local()
+        for name in sorted({pool.rpartition(":")[0] for pool in pools} - {""}):
+            _module(model, name).register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        seen = self._seen
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if getattr(seen, "outputs", None) is not None:  # Otherwise another network is using the same model.
+                seen.outputs[name] = output
+
+        return hook
+
+    @contextmanager
+    def open(self) -> Iterator[dict[str, Any]]:
+        """Give the outputs of the modules by their names, once the network has run."""
+        outputs = self._seen.outputs = {}
+        try:
+            yield outputs
+        finally:
+            self._seen.outputs = None
+
+
+def pooled(model: nn.Module, pixels: Tensor, pools: Sequence[str], taps: Taps) -> list[Tensor]:
     """Return embeddings of shape (b, d), one for each pooling, for normalised pixels of shape (b, 3, h, w).
 
     ``default`` is the model as timm ends it without a classifier. The others work on `forward_features`, or on what
     the module before the colon returns: a feature map (b, c, h, w), or tokens (b, t, d), where avg and max leave out
     class and register tokens. The network runs once for all of them.
     """
-    seen: dict[str, Any] = {}
-    with ExitStack() as hooks:
-        for module in {pool.rpartition(":")[0] for pool in pools} - {""}:
-            hooks.callback(_module(model, module).register_forward_hook(_keep(seen, module)).remove)
+    with taps.open() as seen:
         if all(pool == "default" or ":" in pool for pool in pools):
             features, ended = None, model(pixels)
         else:
@@ -49,13 +95,6 @@ def pooled(model: nn.Module, pixels: Tensor, pools: Sequence[str]) -> list[Tenso
         else:
             found.append(_pool(model, seen[module] if module else features, kind))
     return found
-
-
-def _keep(seen: dict[str, Any], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        seen[name] = output
-
-    return hook
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -79,6 +118,9 @@ def _pool(model: nn.Module, output: Any, kind: str) -> Tensor:
         prefix = int(getattr(model, "num_prefix_tokens", 0))
     if kind == "flatten":
         return features.flatten(1)
+    if kind == "gem":  # (mean of x^p)^(1/p): between avg (p = 1) and max (p = infinity).
+        powers = tokens[:, prefix:].clamp(min=_GEM_FLOOR).pow(_GEM_POWER)
+        return powers.mean(1).pow(1 / _GEM_POWER)
     if kind == "cls":
         if prefix == 0:
             raise BackboneError("this backbone has no class token; choose --pool avg or max, or its own (default)")

@@ -1,23 +1,54 @@
-"""The pipeline: decode in threads, forward in batches, in order, in bounded memory."""
+"""The pipeline: read, decode, forward, in order, in bounded memory."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from embedkit.backbones.allocator import kept_memory
 from embedkit.errors import ImageError
+
+if TYPE_CHECKING:
+    from embedkit.backbones.backbone import Backbone
+    from embedkit.backbones.engines import Engine
 
 Item = TypeVar("Item")
 Output = TypeVar("Output")
 Pixels = npt.NDArray[np.uint8]
+
+_CHUNK = 8  # Images that one thread decodes for an accelerator before it looks for work again.
+
+
+@dataclass
+class Seconds:
+    """Where the time of threads went.
+
+    Attributes
+    ----------
+    read, decode, forward : float
+        Summed over the threads that did it.
+    """
+
+    read: float = 0.0
+    decode: float = 0.0
+    forward: float = 0.0
+
+    def add(self, other: Seconds) -> None:
+        """Add another one."""
+        self.read += other.read
+        self.decode += other.decode
+        self.forward += other.forward
 
 
 @dataclass(frozen=True)
@@ -27,60 +58,178 @@ class Batch(Generic[Item, Output]):
     items: list[Item]
     embeddings: Output
     failures: list[tuple[Item, ImageError]]
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Steps(Generic[Item, Output]):
+    """What is done to every item.
+
+    Attributes
+    ----------
+    read : callable
+        Returns what an item's pixels are made of, mostly bytes, or raises ImageError.
+    decode : callable
+        Takes that and the item, and returns the crop as uint8 of shape (h, w, 3), or raises ImageError.
+    forward : callable
+        Returns the embeddings of b crops, which may be none.
+    """
+
+    read: Callable[[Item], Any]
+    decode: Callable[[Any, Item], Pixels]
+    forward: Callable[[Sequence[Pixels]], Output]
+
+
+@dataclass
+class _Decoded(Generic[Item]):
+    items: list[Item] = field(default_factory=list)
+    crops: list[Pixels] = field(default_factory=list)
+    failures: list[tuple[Item, ImageError]] = field(default_factory=list)
+    seconds: Seconds = field(default_factory=Seconds)
 
 
 def stream(
     batches: Iterable[Sequence[Item]],
-    pixels: Callable[[Item], Pixels],
-    embed: Callable[[Sequence[Pixels]], Output],
+    steps: Steps[Item, Output],
     *,
-    workers: int | None = None,
-) -> Iterator[Batch[Item, Output]]:
+    workers: int,
+    threads: int = 1,
+    accelerator: bool = False,
+) -> Generator[Batch[Item, Output], None, None]:
     """Embed a stream of batches in order.
+
+    On a processor every worker takes a batch through all steps by itself, with `threads` threads for each layer of the
+    network: nothing waits for anything, and the crops stay in the cache of the core that made them. For an accelerator
+    the workers decode and one more thread feeds it.
 
     Parameters
     ----------
     batches : iterable of sequences
-        Of anything that `pixels` understands; read only a batch ahead. An item that fails leaves its batch smaller,
-        and every other batch as it is: which images share a pass depends on nothing but this argument.
-    pixels : callable
-        Returns an item's crop as uint8 of shape (h, w, 3), or raises ImageError. Called in worker threads, because
-        decoders let go of the interpreter lock.
-    embed : callable
-        Returns the embeddings of b crops, which may be none. Called in the caller's thread.
-    workers : int, optional
-        Decoding threads; by default one for each usable processor.
+        Read only as far ahead as the workers need. An item that fails leaves its batch smaller, and every other batch
+        as it is: which images share a pass depends on nothing but this argument.
+    steps : Steps
+        Called in worker threads: decoders and networks let go of the interpreter lock.
+    workers : int
+        Worker threads.
+    threads : int, default 1
+        Threads that a worker's forward pass may use.
+    accelerator : bool, default False
+        Whether the forward pass runs elsewhere than on the processor.
 
     Yields
     ------
     Batch
         One for each of `batches`.
     """
+    submit, close = _for_accelerator(steps, workers) if accelerator else _for_processor(steps, workers, threads)
     source = iter(batches)
-    with ThreadPoolExecutor(workers or usable_processors(), thread_name_prefix="embedkit-decode") as pool:
-        waiting: deque[list[tuple[Item, Future[Pixels]]]] = deque()
-
-        def refill() -> None:
-            # One batch is on its way through the network while the next is being decoded.
-            for batch in itertools.islice(source, 2 - len(waiting)):
-                waiting.append([(item, pool.submit(pixels, item)) for item in batch])
-
+    waiting: deque[Future[Batch[Item, Output]]] = deque()
+    # Deep enough that a slow batch at the head, a few large photographs, does not leave the other workers idle.
+    depth = 3 if accelerator else 3 * workers + 1
+    with kept_memory():
         try:
-            refill()
+            waiting.extend(submit(batch) for batch in itertools.islice(source, depth))
             while waiting:
-                good: list[Item] = []
-                crops: list[Pixels] = []
-                failures: list[tuple[Item, ImageError]] = []
-                for item, future in waiting.popleft():
-                    try:
-                        crops.append(future.result())
-                        good.append(item)
-                    except ImageError as error:
-                        failures.append((item, error))
-                refill()
-                yield Batch(good, embed(crops), failures)
+                done = waiting.popleft().result()
+                waiting.extend(submit(batch) for batch in itertools.islice(source, 1))
+                yield done
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            close()
+
+
+def _for_processor(steps: Steps[Item, Output], workers: int, threads: int) -> Any:
+    """Return a function that takes a batch through all steps in one worker, and one that ends the workers."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers, thread_name_prefix="embedkit-worker", initializer=torch.set_num_threads, initargs=(threads,)
+    )
+
+    def work(batch: Sequence[Item]) -> Batch[Item, Output]:
+        return _forward(steps, _decoded(steps, batch))
+
+    def close() -> None:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+    return lambda batch: pool.submit(work, batch), close
+
+
+def _for_accelerator(steps: Steps[Item, Output], workers: int) -> Any:
+    decoders = ThreadPoolExecutor(workers, thread_name_prefix="embedkit-decode")
+    feeder = ThreadPoolExecutor(1, thread_name_prefix="embedkit-forward")
+
+    def feed(chunks: list[Future[_Decoded[Item]]]) -> Batch[Item, Output]:
+        whole: _Decoded[Item] = _Decoded()
+        for chunk in chunks:
+            part = chunk.result()
+            whole.items += part.items
+            whole.crops += part.crops
+            whole.failures += part.failures
+            whole.seconds.add(part.seconds)
+        return _forward(steps, whole)
+
+    def submit(batch: Sequence[Item]) -> Future[Batch[Item, Output]]:
+        chunks = [decoders.submit(_decoded, steps, batch[k : k + _CHUNK]) for k in range(0, len(batch), _CHUNK)]
+        return feeder.submit(feed, chunks)
+
+    def close() -> None:
+        decoders.shutdown(wait=True, cancel_futures=True)
+        feeder.shutdown(wait=True, cancel_futures=True)
+
+    return submit, close
+
+
+def _decoded(steps: Steps[Item, Output], batch: Sequence[Item]) -> _Decoded[Item]:
+    done: _Decoded[Item] = _Decoded()
+    clock = time.perf_counter
+    for item in batch:
+        started = read = clock()
+        try:
+            source = steps.read(item)
+            read = clock()
+            done.crops.append(steps.decode(source, item))
+            done.items.append(item)
+        except ImageError as error:
+            done.failures.append((item, error))
+        done.seconds.read += read - started
+        done.seconds.decode += clock() - read
+    return done
+
+
+def _forward(steps: Steps[Item, Output], done: _Decoded[Item]) -> Batch[Item, Output]:
+    started = time.perf_counter()
+    embeddings = steps.forward(done.crops)
+    done.seconds.forward += time.perf_counter() - started
+    return Batch(done.items, embeddings, done.failures, done.seconds)
+
+
+def embed_many(backbone: Backbone, items: Any, batch_size: int, workers: int | None) -> npt.NDArray[np.float32]:
+    """Return the embeddings of a sequence of images, of shape (n, d); the first that cannot be read is an error."""
+    processors = usable_processors()
+    workers = workers or processors
+    count = len(items) if hasattr(items, "__len__") else 0
+    forward = backbone.embed_pixels
+    if count > batch_size * workers:
+        sample = [backbone.pixels(image) for image in items[:batch_size]]
+        engine = backbone.choose_engine(sample, count, batch_size=batch_size, workers=workers).engine
+        forward = partial(_run_by, backbone, engine)
+    else:
+        workers = max(1, min(workers, -(-count // batch_size)))  # Few images: more threads for each instead.
+    steps = Steps(lambda image: image, lambda image, _: backbone.pixels(image), forward)
+    accelerator = backbone.device.type != "cpu"
+    parts = [np.empty((0, backbone.dim), dtype=np.float32)]
+    for batch in stream(
+        in_batches(items, batch_size), steps, workers=workers, threads=max(1, processors // workers),
+        accelerator=accelerator,
+    ):  # fmt: skip
+        if batch.failures:
+            raise batch.failures[0][1]
+        parts.append(batch.embeddings)
+    return np.concatenate(parts)
+
+
+def _run_by(backbone: Backbone, engine: Engine, crops: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+    return backbone.run(engine, crops, ())[""]
 
 
 def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
@@ -90,8 +239,22 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def with_threads(threads: int, work: Callable[[], Output]) -> Output:
+    """Return what `work` returns in a thread of its own whose network passes use `threads` threads."""
+    before = torch.get_num_threads()
+    with kept_memory(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        try:
+            return pool.submit(work).result()
+        finally:
+            torch.set_num_threads(before)
+
+
 def usable_processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many processors this process may use: those it is bound to, and no more than its cgroup allows."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count

@@ -31,6 +31,15 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
             self.fail(f"{value!r} is not one number or several with commas between them", param, ctx)
 
 
+class _Names(click.ParamType):  # type: ignore[type-arg]
+    """Comma-separated names, such as avg or layer2:avg,layer3:gem."""
+
+    name = "name[,...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
 class _KeyValue(click.ParamType):  # type: ignore[type-arg]
     """key=value, the value read as JSON where it is JSON and as text otherwise."""
 
@@ -66,14 +75,32 @@ _BACKBONE_OPTIONS = [
     click.option("--mean", type=_Numbers(float), help="Mean of each channel, for pixels in [0, 1]."),
     click.option("--std", type=_Numbers(float), help="Standard deviation of each channel."),
     click.option(
-        "--pool", default="default", show_default=True,
-        help="default (the model's own), avg, max, cls or flatten.",
+        "--pool", type=_Names(), default="default", show_default=True, metavar="POOL[,...]",
+        help="default (the model's own), avg, max, gem, cls, flatten, MODULE:POOL; further ones are layers.",
     ),
     click.option(
         "--exif/--no-exif", default=True, show_default=True,
         help="Apply EXIF orientation; --no-exif matches most published protocols.",
     ),
+    click.option(
+        "--decode", type=click.Choice(["standard", "exact", "fast"]), default="standard", show_default=True,
+        help="exact: timm's pixels bit for bit, slower; fast: large JPEGs at a fraction of their size.",
+    ),
+    click.option(
+        "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+        help="Number format; half the bits move the numbers, and the run says by how much.",
+    ),
+    click.option(
+        "--tta", type=_Names(), default=(), metavar="VIEW[,...]",
+        help="Average the embeddings of more views: flip, five-crop.",
+    ),
+    click.option(
+        "--scales", type=_Numbers(float), default=(), metavar="S[,...]",
+        help="Average the embeddings of the crop at several scales, such as 1,0.7.",
+    ),
 ]  # fmt: skip
+
+NAMES = _Names()
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."
@@ -85,7 +112,22 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on 
 
 
 def backbone_options(command: Command) -> Command:
-    """Add the options of `Backbone.load`; where one is left out, what the weights were trained with holds."""
+    """Add the options of `Backbone.load`, whose values `backbone_arguments` makes its arguments.
+
+    Where one is left out, what the weights were trained with holds.
+    """
     for option in reversed(_BACKBONE_OPTIONS):
         command = option(command)
     return command
+
+
+def backbone_arguments(
+    pool: tuple[str, ...], tta: tuple[str, ...], scales: tuple[float, ...], **others: Any
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the arguments of `Backbone.load`, and the poolings that become layers."""
+    if scales and 1.0 not in scales:
+        raise click.UsageError("--scales must have the 1 among them: the plain crop is always embedded")
+    if not pool:
+        raise click.UsageError("--pool names no pooling")
+    views = (*tta, *(f"scale:{scale:g}" for scale in scales if scale != 1.0))
+    return {**others, "pool": pool[0], "views": views}, pool[1:]

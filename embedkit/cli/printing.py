@@ -109,8 +109,13 @@ class ImageBar(CountBar):
         if progress.kept < progress.total:
             super().update(progress.done, progress.total)
         self.images_per_second = (progress.done - progress.kept) / max(1e-9, time.perf_counter() - self._started)
-        if progress.failed and self._bar is not None:
-            self._bar.set_postfix_str(f"{progress.failed} failed", refresh=False)
+        if self._bar is not None:
+            measured = progress.measured
+            facts = [f"overall {measured.images_per_second:.1f}/s"]
+            shares = {name: getattr(measured, name) for name in ("read", "decode", "forward", "wait", "commit")}
+            facts += [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+            facts += [f"{progress.failed} failed"] if progress.failed else []
+            self._bar.set_postfix_str(", ".join(facts), refresh=False)
 
 
 def failures(store: Store, quiet: bool) -> None:

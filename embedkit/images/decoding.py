@@ -109,7 +109,7 @@ def _guarded(image: Image.Image, name: str, exif: bool) -> Image.Image:
         raise ImageError(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     try:
         image.load()
-        return _upright(_to_rgb(image), _orientation(image) if exif else 1)
+        return upright(_to_rgb(image), orientation_of(image) if exif else 1)
     except ImageError as error:
         raise ImageError(name, error.reason) from error
     except Exception as error:  # A decoder may raise anything for a damaged file; it costs this image only.
@@ -125,7 +125,8 @@ def _reason(error: Exception) -> str:
     return f"cannot be decoded: {text}"
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # A broken EXIF block says nothing about the pixels, and never costs the image.
@@ -143,7 +144,8 @@ _TURNS = {
 }
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +100,45 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
         )
     classes = sorted({file.label for file in files if file.label is not None}, key=os.fsencode)
     return Listing(root, files, classes, sorted(failures, key=lambda failure: os.fsencode(failure[0])), walk.ignored)
+
+
+def list_files(paths: Iterable[str | os.PathLike[str]]) -> Listing:
+    """List images that are named one by one, whatever they are called.
+
+    Parameters
+    ----------
+    paths : iterable of path-like
+        In any order.
+
+    Returns
+    -------
+    Listing
+        Below the deepest folder that holds them all, without classes.
+
+    Raises
+    ------
+    ImageError
+        When there is none, or one is named twice.
+    """
+    absolute = [os.path.abspath(os.fspath(path)) for path in paths]
+    if not absolute:
+        raise ImageError("the list of images", "it is empty")
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    files = [ImageFile(Path(os.path.relpath(path, root)).as_posix(), path) for path in absolute]
+    files.sort(key=lambda file: os.fsencode(file.id))
+    for left, right in pairwise(files):
+        if left.id == right.id:
+            raise ImageError(left.path, "it is in the list twice")
+    return Listing(Path(root), files, [], [], 0)
+
+
+def status_of(path: str) -> tuple[int, int]:
+    """Return size and modification time in nanoseconds; of a file that is gone, what no file has."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _barren(folders: list[str], ids: list[str]) -> list[tuple[str, str]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from embedkit.errors import ImageError
-from embedkit.images.decoding import MAX_PIXELS
+from embedkit.images import jpeg
+from embedkit.images.decoding import MAX_PIXELS, read_bytes, read_image, upright
 from embedkit.spec import Preprocessing
 
 INTERPOLATIONS = {
@@ -22,6 +25,45 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 CROP_MODES = ("center", "squash", "border")
+# What `Preprocessing.decoder` says, for each way to decode and resize:
+DECODERS = {
+    "standard": "libjpeg-turbo, torch resize",  # Pillow's pixels; resized ones differ by one level here and there.
+    "exact": "pillow",  # Every pixel as Pillow makes it.
+    "fast": "libjpeg-turbo scaled, torch resize",  # Large JPEGs are decoded smaller, to no less than twice the size.
+}
+_FAST_MARGIN = 2
+
+
+def read_crop(source: Any, preprocessing: Preprocessing, *, id: str | None = None) -> npt.NDArray[np.uint8]:
+    """Read an image and return what a backbone sees of it.
+
+    Parameters
+    ----------
+    source : path, bytes, PIL image or array
+        As for `read_image`.
+    preprocessing : Preprocessing
+        Its `decoder` says how: see `DECODERS`.
+    id : str, optional
+        What an error calls the image; by default its path.
+
+    Returns
+    -------
+    array of shape (h, w, 3)
+        uint8, with (h, w) == `preprocessing.img_size`.
+
+    Raises
+    ------
+    ImageError
+        When it cannot be read, or is so long and thin that its resized form would not fit into memory.
+    """
+    if isinstance(source, str | os.PathLike):
+        id = os.fspath(source) if id is None else id
+        source = read_bytes(source, id)
+    try:
+        found = _jpeg_crop(source, preprocessing) if isinstance(source, bytes) else None
+        return crop(read_image(source, id=id, exif=preprocessing.exif), preprocessing) if found is None else found
+    except ImageError as error:  # The crop knows pixels only, not whose they are.
+        raise (error if id is None or error.id == id else ImageError(id, error.reason)) from None
 
 
 def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -30,9 +72,10 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     Parameters
     ----------
     image : PIL image
-        In mode RGB.
+        In mode RGB, upright.
     preprocessing : Preprocessing
-        Its `img_size`, `crop_pct`, `crop_mode` and `interpolation`; `mean` fills the border of crop mode "border".
+        Its `img_size`, `crop_pct`, `crop_mode`, `interpolation` and `decoder`; `mean` fills the border of crop mode
+        "border".
 
     Returns
     -------
@@ -52,46 +95,97 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     >>> crop(Image.new("RGB", (640, 480)), Preprocessing(img_size=(224, 224))).shape
     (224, 224, 3)
     """
-    # The roundings below are timm's and torchvision's; each of them moves pixels.
+    size = _resized(image.height, image.width, preprocessing)
+    if (image.height, image.width) == size:
+        pixels = np.asarray(image)
+    elif _by_torch(preprocessing):
+        pixels = _torch_resize(np.array(image), size, preprocessing.interpolation)
+    else:
+        pixels = np.asarray(image.resize((size[1], size[0]), INTERPOLATIONS[preprocessing.interpolation]))
+    return _centred(pixels, preprocessing)
+
+
+def _jpeg_crop(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8] | None:
+    """Return the crop of a JPEG; None when Pillow has to judge the file."""
+    shape = jpeg.shape_of(data)
+    if shape is None:
+        return None
+    orientation = jpeg.orientation(data) if preprocessing.exif else 1
+    lying = orientation >= 5  # Height and width change places.
+    height, width = shape[::-1] if lying else shape
+    size = _resized(height, width, preprocessing)
+    if not _by_torch(preprocessing):
+        pixels = jpeg.decode(data)
+        return None if pixels is None else crop(upright(Image.fromarray(pixels), orientation), preprocessing)
+    stored = size[::-1] if lying else size
+    scaled = preprocessing.decoder == DECODERS["fast"]
+    pixels = jpeg.decode(data, (_FAST_MARGIN * stored[0], _FAST_MARGIN * stored[1]) if scaled else None)
+    if pixels is None:
+        return None
+    # Turned when it is small: the filter is the same in both directions.
+    return _centred(turned(_torch_resize(pixels, stored, preprocessing.interpolation), orientation), preprocessing)
+
+
+def turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """Return pixels upright that lie as an EXIF orientation says."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def _by_torch(preprocessing: Preprocessing) -> bool:
+    return preprocessing.decoder != DECODERS["exact"] and preprocessing.interpolation in ("bilinear", "bicubic")
+
+
+def _torch_resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], mode: str) -> npt.NDArray[np.uint8]:
+    """Resize with an antialiasing filter, in integers as Pillow does, but with the processor's wide registers."""
+    import torch  # Here, because listing images needs none of it.
+
+    if pixels.shape[:2] == size:
+        return pixels
+    planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w), channels last in memory
+    resized = torch.nn.functional.interpolate(planes, size=size, mode=mode, antialias=True)
+    return np.asarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def _resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return height and width before the crop; the roundings are timm's and torchvision's, and each moves pixels."""
     target = preprocessing.img_size
     scaled = (math.floor(target[0] / preprocessing.crop_pct), math.floor(target[1] / preprocessing.crop_pct))
-    fill = (0, 0, 0)
     if preprocessing.crop_mode == "squash":
         size = scaled
     elif preprocessing.crop_mode == "border":
-        size = _kept_ratio(image, scaled, max)
-        red, green, blue = preprocessing.mean
-        fill = (round(255 * red), round(255 * green), round(255 * blue))
+        size = _kept_ratio(height, width, scaled, max)
     elif scaled[0] == scaled[1]:
-        size = _short_side(image, scaled[0])
+        size = _short_side(height, width, scaled[0])
     else:
-        size = _kept_ratio(image, scaled, min)
+        size = _kept_ratio(height, width, scaled, min)
     if size[0] * size[1] > MAX_PIXELS:
-        shape = f"{image.width} x {image.height}"
-        raise ImageError("image", f"too long and thin: {shape} pixels would become {size[1]} x {size[0]}")
-    if (image.height, image.width) != size:
-        image = image.resize((size[1], size[0]), INTERPOLATIONS[preprocessing.interpolation])
-    return _centred(np.asarray(image), target, fill)
+        raise ImageError("image", f"too long and thin: {width} x {height} pixels would become {size[1]} x {size[0]}")
+    return size
 
 
-def _short_side(image: Image.Image, side: int) -> tuple[int, int]:
-    height, width = image.height, image.width
+def _short_side(height: int, width: int, side: int) -> tuple[int, int]:
     long_side = int(side * max(height, width) / min(height, width))
     return (long_side, side) if width <= height else (side, long_side)
 
 
-def _kept_ratio(image: Image.Image, scaled: tuple[int, int], pick: Callable[[float, float], float]) -> tuple[int, int]:
-    ratio = pick(image.height / scaled[0], image.width / scaled[1])
+def _kept_ratio(
+    height: int, width: int, scaled: tuple[int, int], pick: Callable[[float, float], float]
+) -> tuple[int, int]:
+    ratio = pick(height / scaled[0], width / scaled[1])
     # A line of pixels stays one pixel wide; timm would ask for none.
-    return max(1, round(image.height / ratio)), max(1, round(image.width / ratio))
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
-def _centred(
-    pixels: npt.NDArray[np.uint8], target: tuple[int, int], fill: tuple[int, int, int]
-) -> npt.NDArray[np.uint8]:
-    """Cut the centre out of pixels, filling where they are smaller than the target."""
+def _centred(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Cut the centre out of pixels, filling where they are smaller than the target: with the mean around a border."""
+    target = preprocessing.img_size
+    border = preprocessing.mean if preprocessing.crop_mode == "border" else (0, 0, 0)
     cut = np.empty((*target, 3), dtype=np.uint8)
-    cut[...] = fill
+    cut[...] = [round(255 * colour) for colour in border]
     (rows, to_rows), (columns, to_columns) = (
         _centre(have, want) for have, want in zip(pixels.shape, target, strict=False)
     )

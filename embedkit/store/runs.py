@@ -202,6 +202,18 @@ class Run:
         reasons = zip(schema.decode_texts(failures.ids), schema.decode_texts(failures.errors), strict=True)
         return Update(inventory, known, kept, plan, todo, list(reasons), changes)
 
+    @property
+    def earlier(self) -> tuple[Mapping[str, Any], int]:
+        """Information of what came before, and how many rows it has: the resumed run, or the store that is updated."""
+        written = sum(len(part.images) for part in self.parts.values())
+        if written:
+            return self.header.information, max(written, len(self.plan.ids))
+        return (self.base.information, len(self.base)) if self.base is not None else ({}, 0)
+
+    def remember(self, information: Mapping[str, Any]) -> None:
+        """Add to the information that the run's note, once a plan is written, and its store will keep."""
+        self.header = dataclasses.replace(self.header, information={**self.header.information, **information})
+
     def _pending(self) -> npt.NDArray[Any]:
         """Return the ids of the plan's parts that are not written yet."""
         written = {part.sequence for part in self.parts.values()}

@@ -1,0 +1,100 @@
+"""From what a user asks of a backbone to what it is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedkit.backbones.engines import DTYPES
+from embedkit.backbones.network import check_views
+from embedkit.backbones.timm_import import import_timm
+from embedkit.errors import BackboneError
+from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS
+from embedkit.spec import EmbeddingSpec, Preprocessing
+
+PRECISIONS = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
+
+
+def check_choices(decode: str, precision: str, views: Sequence[str]) -> None:
+    """Raise BackboneError unless these are things that a backbone can do."""
+    for name, value, known in (("decode", decode, DECODERS), ("precision", precision, DTYPES)):
+        if value not in known:
+            raise BackboneError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    try:
+        check_views([views] if isinstance(views, str) else views)
+    except ValueError as error:
+        raise BackboneError(str(error)) from error
+
+
+def numeric_choices(spec: EmbeddingSpec) -> dict[str, Any]:
+    """Return the arguments of `load` that a spec decides, whatever a recipe says."""
+    decoders = {value: name for name, value in DECODERS.items()}
+    precisions = {value: name for name, value in PRECISIONS.items()}
+    chosen = {
+        "decode": decoders.get(spec.preprocessing.decoder), "precision": precisions.get(spec.precision),
+        "views": tuple(spec.views),
+    }  # fmt: skip
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def image_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return height and width of one side or two."""
+    if img_size is None:
+        return None
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise BackboneError(f"img_size is one side or (height, width) in pixels, got {img_size}")
+    return int(sides[0]), int(sides[1])
+
+
+def usable_device(device: str) -> torch.device:
+    """Return a device that is there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"device {device!r} cannot be used: {reason}; only --device auto chooses") from error
+    return found
+
+
+def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], exif: bool, decode: str) -> Preprocessing:
+    """Return the preprocessing that the weights were trained with, and the facts that were overridden."""
+    arguments = {name: value for name, value in overrides.items() if value is not None}
+    for name in ("mean", "std"):
+        if name in arguments and len(arguments[name]) not in (1, 3):
+            raise BackboneError(f"--{name} takes one number or three, got {len(arguments[name])}")
+    config = import_timm().data.resolve_model_data_config(network, args=arguments)
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise BackboneError(f"this backbone takes {channels} channels; embedkit embeds RGB images")
+    if config["crop_mode"] not in CROP_MODES:
+        raise BackboneError(f"unknown crop mode {config['crop_mode']!r}; choose one of {', '.join(CROP_MODES)}")
+    if config["interpolation"] not in INTERPOLATIONS:
+        raise BackboneError(
+            f"unknown interpolation {config['interpolation']!r}; choose one of {', '.join(INTERPOLATIONS)}"
+        )
+    mean, std = (tuple(float(value) for value in config[name]) for name in ("mean", "std"))
+    crop_pct = float(config["crop_pct"])
+    if not 0 < crop_pct <= 1 or not all(math.isfinite(value) for value in mean) or min(std) <= 0:
+        raise BackboneError(f"crop_pct must be in (0, 1] and std positive, got {crop_pct}, {std}")
+    return Preprocessing(
+        img_size=(height, width), crop_pct=crop_pct, crop_mode=config["crop_mode"],
+        interpolation=config["interpolation"], mean=mean, std=std, exif=exif,
+        decoder=DECODERS[decode],
+    )  # fmt: skip
+
+
+def without_defaults(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that differ from those of `Backbone.load`, as JSON values."""
+    defaults: dict[str, Any] = {
+        "pool": "default", "exif": True, "arch_kwargs": {}, "decode": "standard", "precision": "fp32", "views": [],
+    }  # fmt: skip
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    return {name: value for name, value in plain.items() if value != defaults.get(name)}

@@ -1,0 +1,206 @@
+"""Which engine a job gets: the fastest that returns the numbers of eager float32, tried on the job's own images."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embedkit.backbones.engines import ENGINES, Embeddings, Engine, Pixels, eager
+from embedkit.backbones.network import Network
+from embedkit.errors import BackboneError
+
+MIN_COSINE = 0.99999  # Below it, on any image, an engine that should be exact is none.
+_GAIN = 1.05  # Less than that is noise.
+_ROUNDS = 3
+# A compiler may cost an eighth of what the job would take without it. It takes about six passes and a third of a
+# second: measured on mobilenetv2_100, resnet50 and vit_small_patch16_224.
+_BUDGET, _BUILD_PASSES, _BUILD_SECONDS, _COMPILE_SECONDS = 1 / 8, 6, 0.3, 60
+
+log = logging.getLogger("embedkit")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One engine that was tried.
+
+    Attributes
+    ----------
+    engine : str
+    seconds : float
+        Best time of a pass, on one thread.
+    images_per_second : float
+        Of that pass.
+    min_cosine, mean_cosine : float
+        Between its embeddings and those of eager float32, over the images that it was tried with.
+    build_seconds : float
+        To make it.
+    dropped : str
+        Why it is no candidate; empty for one that is.
+    """
+
+    engine: str
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    min_cosine: float = 1.0
+    mean_cosine: float = 1.0
+    build_seconds: float = 0.0
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and what it was chosen from."""
+
+    engine: Engine
+    trials: tuple[Trial, ...]
+    reason: str
+
+    @property
+    def trial(self) -> Trial:
+        """How the chosen engine did."""
+        return next(trial for trial in self.trials if trial.engine == self.engine.name)
+
+
+def choose(
+    network: Network,
+    crops: Sequence[Pixels],
+    count: int,
+    *,
+    engine: str = "auto",
+    batch_size: int = 8,
+    precision: str = "fp32",
+    workers: int = 1,
+) -> Choice:
+    """Choose the engine for a job, in a thread that computes as the job's workers will.
+
+    Parameters
+    ----------
+    network : Network
+        On its device.
+    crops : sequence of arrays of shape (h, w, 3)
+        uint8: images of the job, by which speed and fidelity are measured. Without any, eager is taken untried.
+    count : int
+        Images of the job.
+    engine : str, default "auto"
+        One by name is taken at its word, unless it fails or its numbers are others; "auto" tries those that fit the
+        device when the job is long enough to pay for it.
+    batch_size : int, default 8
+        Images a pass.
+    precision : {"fp32", "bf16", "fp16"}
+        Number format. Less than fp32 is not held to `MIN_COSINE`: its fidelity is measured and said.
+    workers : int, default 1
+        Threads that will run it.
+
+    Returns
+    -------
+    Choice
+
+    Raises
+    ------
+    BackboneError
+        When the network returns infinities or NaN, or a named engine cannot be had.
+    """
+    if engine not in ("auto", *ENGINES):
+        raise BackboneError(f"unknown engine {engine!r}; choose auto or one of {', '.join(ENGINES)}")
+    device, plain = network.scale.device, eager(network, batch_size, precision)
+    if not crops:
+        return Choice(plain, (Trial("eager"),), "nothing to try it on")
+    names: list[str] = []
+    reason = "named"
+    if engine == "auto":
+        # One pass, cold, is an estimate that costs a short job next to nothing.
+        seconds = _timed(plain, crops[:batch_size])
+        names, reason = _worth_trying(device, seconds, count / workers / batch_size)
+    elif engine != "eager":
+        names = [engine]
+    if not names and precision == "fp32":
+        seconds = _timed(plain, crops[:batch_size])
+        return Choice(plain, (Trial("eager", seconds, len(crops[:batch_size]) / seconds),), reason)
+    reference, first = _trial("eager", partial(eager, network, batch_size), crops, None, precision="fp32")
+    if reference is None:
+        raise BackboneError(first.dropped)
+    expected = reference(crops)
+    trials, engines = [first], {"eager": reference}
+    if precision != "fp32":
+        lower, trial = _trial("eager", lambda: plain, crops, expected, precision=precision)
+        if lower is None:
+            raise BackboneError(f"this backbone cannot compute in {precision}: {trial.dropped}")
+        trials, engines = [trial], {"eager": lower}
+    for name in names:
+        build = partial(ENGINES[name], network, batch_size, precision)
+        if name == "openvino":
+            build = partial(build, threads=workers)
+        found, trial = _trial(name, build, crops, expected, precision=precision)
+        trials.append(trial)
+        if found is not None:
+            engines[name] = found
+            log.debug("engine %s: %.2f images/s a thread", name, trial.images_per_second)
+        elif engine == name:
+            raise BackboneError(f"the engine {name} cannot run this backbone: {trial.dropped}")
+        else:
+            log.info("engine %s is left out: %s", name, trial.dropped)
+    good = {trial.engine: trial.seconds for trial in trials if not trial.dropped}
+    best = min(good, key=lambda name: good[name] * (_GAIN if name != "eager" else 1.0))
+    return Choice(engines[engine if engine in engines else best], tuple(trials), reason)
+
+
+def _worth_trying(device: torch.device, seconds: float, passes: float) -> tuple[list[str], str]:
+    """Return the engines to try for a job of so many passes beside eager, and why no others."""
+    if device.type == "cuda":
+        # A GPU's compiler takes a minute or two, whatever the network.
+        return (["compile"], "fastest") if passes * seconds * _BUDGET > _COMPILE_SECONDS else ([], "short job")
+    build = _BUILD_SECONDS + _BUILD_PASSES * seconds
+    if device.type != "cpu" or build > passes * seconds * _BUDGET:
+        return [], "short job"
+    names = ["graph"] if torch.backends.mkldnn.is_available() else []  # type: ignore[no-untyped-call]
+    return names + (["openvino"] if importlib.util.find_spec("openvino") else []), "fastest"
+
+
+def _trial(
+    name: str,
+    build: Callable[[], Engine],
+    crops: Sequence[Pixels],
+    expected: Sequence[Embeddings] | None,
+    *,
+    precision: str,
+) -> tuple[Engine | None, Trial]:
+    """Build an engine, time it and compare it; None with the reason when it is no candidate."""
+    try:
+        started = time.perf_counter()
+        engine = build()
+        found = engine(crops)
+        built = time.perf_counter() - started
+        seconds = min(_timed(engine, crops[: engine.batch_size]) for _ in range(_ROUNDS))
+    except Exception as error:  # Compilers fail in ways of their own; whatever it is, this one is no candidate.
+        return None, Trial(name, dropped=" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    if not all(np.isfinite(embeddings).all() for embeddings in found):
+        return None, Trial(name, dropped="it returned infinities or NaN for real pixels; are these its own weights?")
+    cosines = np.concatenate([_cosine(left, right) for left, right in zip(found, expected or found, strict=True)])
+    trial = Trial(
+        name, seconds, engine.batch_size / seconds, float(cosines.min()), float(cosines.mean()), built,
+    )  # fmt: skip
+    if precision == "fp32" and trial.min_cosine < MIN_COSINE:
+        return None, Trial(**{**vars(trial), "dropped": f"its embeddings differ, cosine {trial.min_cosine:.7f}"})
+    return engine, trial
+
+
+def _timed(engine: Engine, crops: Sequence[Pixels]) -> float:
+    started = time.perf_counter()
+    engine(crops)
+    return time.perf_counter() - started
+
+
+def _cosine(left: Embeddings, right: Embeddings) -> npt.NDArray[np.float64]:
+    """Return the cosine of each pair of rows; 1 for two rows of zeros."""
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = np.where((a == b).all(axis=1), 1.0, 0.0)
+    return np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), same)

@@ -1,0 +1,186 @@
+"""The ways to run a network. Each returns the same numbers, to rounding; `choosing` finds the fastest that does."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embedkit.backbones.network import Network
+from embedkit.errors import BackboneError
+
+Pixels = npt.NDArray[np.uint8]
+Embeddings = npt.NDArray[np.float32]
+
+log = logging.getLogger("embedkit")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to run a network: a batch of crops goes in, an array for each pooling comes out.
+
+    Attributes
+    ----------
+    name : str
+        One of `ENGINES`.
+    network : Network
+    run : callable
+        Takes uint8 of shape (batch_size, h, w, 3); safe to call from several threads at once.
+    batch_size : int
+        Images a pass.
+    fixed : bool
+        Whether every pass must have that many, so that a shorter batch is padded. Otherwise only one image alone is:
+        it would go through other routines of the processor's library. So which images share a pass moves no bit.
+    """
+
+    name: str
+    network: Network
+    run: Callable[[Pixels], Sequence[Embeddings]]
+    batch_size: int
+    fixed: bool = True
+    _buffers: threading.local = field(default_factory=threading.local)
+
+    def __call__(self, crops: Sequence[Pixels]) -> list[Embeddings]:
+        """Return an array of shape (len(crops), d) for each pooling."""
+        found = [self._pass(crops[start : start + self.batch_size]) for start in range(0, len(crops), self.batch_size)]
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+    def _pass(self, crops: Sequence[Pixels]) -> list[Embeddings]:
+        shape = (self.batch_size if self.fixed else max(2, len(crops)), *crops[0].shape)
+        batch = getattr(self._buffers, "batch", None)
+        if batch is None or batch.shape != shape:
+            batch = self._buffers.batch = np.zeros(shape, dtype=np.uint8)
+        np.stack(list(crops), out=batch[: len(crops)])
+        with torch.inference_mode():
+            return [np.array(found[: len(crops)]) for found in self.run(batch)]
+
+
+def in_precision(network: Network, precision: str) -> Network:
+    """Return the network itself, or a copy that computes in half of the bits."""
+    if precision == "fp32":
+        return network
+    model = copy.deepcopy(network.model).to(DTYPES[precision])
+    device = _device(network)
+    return Network(model, network.preprocessing, network.pools, network.views).to(device).eval()
+
+
+def eager(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
+    """Run layer after layer, as PyTorch does by itself."""
+    network = in_precision(network, precision)
+    return Engine("eager", network, _sparing(network, network), batch_size, fixed=False)
+
+
+def graph(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
+    """Freeze the network into one graph whose convolutions, additions and activations oneDNN fuses; processor only."""
+    network = in_precision(network, precision)
+    example = _planes(np.zeros((batch_size, *network.pixels.img_size, 3), dtype=np.uint8), network)
+    fused = torch.jit.onednn_fusion_enabled()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # TorchScript is no longer developed; nothing newer is as fast here.
+        torch.jit.enable_onednn_fusion(True)
+        try:
+            traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))  # type: ignore[no-untyped-call]
+            for _ in range(2):
+                traced(example)  # It is compiled in its first passes.
+        finally:
+            torch.jit.enable_onednn_fusion(fused)
+    return Engine("graph", network, lambda batch: _numpy(traced(_planes(batch, network))), batch_size)
+
+
+def compiled(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
+    """Compile the network to kernels of its own and replay them without Python; for GPUs."""
+    network = in_precision(network, precision)
+    module = torch.compile(network, mode="reduce-overhead", dynamic=False)
+    return Engine("compile", network, _sparing(module, network), batch_size)
+
+
+def openvino(network: Network, batch_size: int, precision: str = "fp32", threads: int = 1) -> Engine:
+    """Run the network in OpenVINO, one stream for each of `threads`; processor only."""
+    if importlib.util.find_spec("openvino") is None:
+        raise BackboneError("the engine openvino needs a package that is not here: pip install 'embedkit[openvino]'")
+    import openvino as ov
+
+    example = torch.zeros((batch_size, *network.pixels.img_size, 3), dtype=torch.uint8)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(_ChannelsLast(network), example, check_trace=False)  # type: ignore[no-untyped-call]
+        model = ov.convert_model(traced, example_input=example, input=[tuple(example.shape)])
+    options = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision],
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads, "ENABLE_CPU_PINNING": False,
+    }  # fmt: skip
+    program = ov.Core().compile_model(model, "CPU", options)
+    requests = threading.local()
+
+    def run(batch: Pixels) -> Sequence[Embeddings]:
+        if not hasattr(requests, "own"):
+            requests.own = program.create_infer_request()
+        requests.own.infer([batch], share_inputs=True)
+        return [requests.own.get_output_tensor(number).data for number in range(len(network.pools))]
+
+    return Engine("openvino", network, run, batch_size)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "eager": eager, "graph": graph, "openvino": openvino, "compile": compiled,
+}  # fmt: skip
+
+
+class _ChannelsLast(torch.nn.Module):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, crops: torch.Tensor) -> Any:
+        return self.network(crops.permute(0, 3, 1, 2))
+
+
+def _planes(batch: Pixels, network: Network) -> torch.Tensor:
+    """Return crops as the network takes them, (b, 3, h, w), channels last in memory."""
+    device = _device(network)
+    crops = torch.from_numpy(batch)
+    if device.type == "cuda":
+        crops = crops.pin_memory().to(device, non_blocking=True)
+    return crops.to(device).permute(0, 3, 1, 2)
+
+
+def _sparing(module: Callable[[torch.Tensor], Sequence[torch.Tensor]], network: Network) -> Any:
+    """Return a runner that halves its batches for good once they do not fit into a GPU's memory."""
+    limit = None
+
+    def run(batch: Pixels) -> list[Embeddings]:
+        nonlocal limit
+        while True:
+            step = min(limit or len(batch), len(batch))
+            try:
+                parts = [_numpy(module(_planes(batch[k : k + step], network))) for k in range(0, len(batch), step)]
+                return parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
+            except torch.OutOfMemoryError:
+                if step == 1:
+                    raise
+                limit = step // 2
+                torch.cuda.empty_cache()
+                log.warning(
+                    "%s images do not fit into the memory of %s; going on with %s", step, _device(network), limit
+                )
+
+    return run
+
+
+def _device(network: Network) -> torch.device:
+    return network.scale.device
+
+
+def _numpy(found: Sequence[torch.Tensor]) -> list[Embeddings]:
+    return [embeddings.cpu().numpy() for embeddings in found]

@@ -1,0 +1,155 @@
+"""The parts of a plan, computed one after the other and written while the next one is on its way."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.backbones import Backbone, Batch, Engine, Steps, stream
+from embedkit.extraction.progress import Progress, Timing
+from embedkit.images import ImageFile, Listing, read_bytes, status_of
+from embedkit.store import Failures, Images, Rows, Run, Update
+
+
+@dataclass(frozen=True)
+class Job:
+    """How the images of a run are computed.
+
+    Attributes
+    ----------
+    backbone : Backbone
+    layers : tuple of str
+    engine : Engine
+        Chosen for these layers.
+    workers, threads : int
+        Worker threads, and threads of each one's forward pass.
+    """
+
+    backbone: Backbone
+    layers: tuple[str, ...]
+    engine: Engine
+    workers: int
+    threads: int
+
+
+@dataclass
+class _Reading:
+    """One image on its way through the pipeline, with what was seen of its file when it was read."""
+
+    file: ImageFile
+    size: int = 0
+    mtime_ns: int = 0
+    sha256: bytes = bytes(32)
+
+
+def compute(
+    run: Run, update: Update, listing: Listing, job: Job | None, progress: Callable[[Progress], None] | None
+) -> tuple[Progress, str]:
+    """Compute the parts that are to do, in their order, and return how it ended, and the reason of a failure."""
+    total = len(listing.files) + len(listing.failures)
+    waiting = sum(len(update.plan.part(number)) for number in update.todo)
+    done = kept = committed = total - waiting
+    before = [*listing.failures, *update.failures]
+    failed, reason = len(before), next((f"{id}: {why}" for id, why in before), "")
+    timing = Timing(workers=job.workers if job else 1)
+
+    def report() -> Progress:
+        state = Progress(done, total, failed, kept, committed, update.changes, timing.measured())
+        if progress is not None:
+            progress(state)
+        return state
+
+    state = report()
+    if job is None:
+        return state, reason
+    with ThreadPoolExecutor(1, thread_name_prefix="embedkit-commit") as writer:
+        commits: deque[tuple[Future[float], int]] = deque()
+        rows: list[_Computed] = []
+        with closing(_batches(update, listing, job)) as batches:  # Whatever happens here, the workers end.
+            for number, ends, batch in batches:
+                rows.append(batch)
+                done += len(batch.items) + len(batch.failures)
+                failed += len(batch.failures)
+                timing.add(batch.seconds, len(batch.items) + len(batch.failures))
+                reason = reason or next((str(error) for _, error in batch.failures), "")
+                if ends:
+                    count = sum(len(batch.items) + len(batch.failures) for batch in rows)
+                    commits.append((writer.submit(_commit, run, number, rows), count))
+                    rows = []
+                while commits and (commits[0][0].done() or len(commits) > 2):
+                    commit, count = commits.popleft()
+                    timing.commit += commit.result()
+                    committed += count
+                report()
+        for commit, count in commits:
+            timing.commit += commit.result()
+            committed += count
+    return report(), reason
+
+
+_Computed = Batch[_Reading, dict[str, npt.NDArray[np.float32]]]
+
+
+def _commit(run: Run, number: int, rows: Sequence[_Computed]) -> float:
+    started = time.perf_counter()
+    run.write(number, _rows(rows))
+    return time.perf_counter() - started
+
+
+def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int, bool, _Computed], None, None]:
+    """Yield part, whether the part ends, and what became of the batch; the pipeline flows across the parts."""
+    files = {os.fsencode(file.id): file for file in listing.files}
+
+    def read(reading: _Reading) -> bytes:
+        # Looked at before it is read: when somebody writes to it meanwhile, the next run sees another time.
+        reading.size, reading.mtime_ns = status_of(reading.file.path)
+        data = read_bytes(reading.file.path, reading.file.id)
+        reading.sha256 = hashlib.sha256(data).digest()
+        return data
+
+    def planned() -> Iterator[tuple[int, bool, list[_Reading]]]:
+        for number in update.todo:
+            ids = update.plan.part(number).tolist()
+            for start in range(0, len(ids), update.plan.batch_size):
+                batch = ids[start : start + update.plan.batch_size]
+                yield number, start + len(batch) == len(ids), [_Reading(files[id]) for id in batch]
+
+    plan, copy = itertools.tee(planned())
+    steps = Steps(
+        read, lambda data, reading: job.backbone.pixels(data, id=reading.file.id),
+        lambda crops: job.backbone.run(job.engine, crops, job.layers),
+    )  # fmt: skip
+    batches = stream(
+        (batch for _, _, batch in copy), steps, workers=job.workers, threads=job.threads,
+        accelerator=job.backbone.device.type != "cpu",
+    )  # fmt: skip
+    with closing(batches):
+        for (number, ends, _), batch in zip(plan, batches, strict=True):
+            yield number, ends, batch
+
+
+def _rows(batches: Sequence[Batch[_Reading, dict[str, npt.NDArray[np.float32]]]]) -> Rows:
+    good = [reading for batch in batches for reading in batch.items]
+    bad = [(reading, error.reason) for batch in batches for reading, error in batch.failures]
+    images = Images.of(
+        [reading.file.id for reading in good], [reading.size for reading in good],
+        [reading.mtime_ns for reading in good], [reading.sha256 for reading in good],
+    )  # fmt: skip
+    failures = Failures.of(
+        [reading.file.id for reading, _ in bad], [reason for _, reason in bad],
+        [reading.size for reading, _ in bad], [reading.mtime_ns for reading, _ in bad],
+    )  # fmt: skip
+    names = batches[0].embeddings
+    return Rows(
+        images, failures, {name: np.concatenate([batch.embeddings[name] for batch in batches]) for name in names}
+    )

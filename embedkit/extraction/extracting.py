@@ -1,0 +1,308 @@
+"""extract: a folder of images and a backbone become a store."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.backbones import Backbone, Choice, in_batches, usable_processors
+from embedkit.errors import BackboneError, ImageError
+from embedkit.extraction.computing import Job, compute
+from embedkit.extraction.progress import Progress
+from embedkit.extraction.reporting import engine_line, write_report
+from embedkit.images import ImageFile, Listing, list_files, list_images, read_bytes, status_of
+from embedkit.store import Inventory, Run, Store
+
+MAX_LAYERS = 32
+SECONDS_A_PART = 2.0
+MAX_PART_ROWS = 4096
+MAX_PART_BYTES = 64 << 20
+_SAMPLE = 16
+
+log = logging.getLogger("embedkit")
+
+
+def extract(
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    backbone: Backbone | str,
+    *,
+    layers: Sequence[str] = (),
+    batch_size: int | None = None,
+    part_size: int | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    engine: str = "auto",
+    overwrite: bool = False,
+    checksum: bool = False,
+    retry_failed: bool = False,
+    repair: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    report: str | os.PathLike[str] | None = None,
+) -> Store:
+    """Embed every image below a folder into a store, or bring a store up to date with the folder.
+
+    An image that cannot be read is recorded with its reason in ``store.failures`` and takes no other image along. What
+    is computed is written to ``OUTPUT.parts`` every two seconds or so and survives a kill or a power cut; the same call
+    goes on from there. The store appears at `output` when it is whole, and not before.
+
+    Of a store that exists, the rows of unchanged images are kept without reading them (same id, size and modification
+    time), and those of moved, copied or touched images are kept because their content is known. Changed and new images
+    are computed, and the rows of images that are gone are dropped. The result equals that of a new extraction.
+
+    Parameters
+    ----------
+    images : path-like, or iterable of path-likes
+        The folder, searched recursively. When no image lies in the folder itself, the first folder below it is each
+        image's class. Or image files one by one: ids are then relative to the deepest folder that holds them all, and
+        there are no classes.
+    output : path-like
+        The store to make or update.
+    backbone : Backbone or str
+        What embeds; a name is loaded with its defaults.
+    layers : sequence of str, optional
+        More embeddings from the same forward pass, such as ``("avg", "layer3:avg")``; see ``Backbone.load(pool=)``.
+        `Store.open` has them by their names.
+    batch_size : int, optional
+        Images a forward pass; by default 8 on a processor, whose caches hold no more, and 256 on a GPU.
+    part_size : int, optional
+        Images that are written at a time, rounded down to whole batches. By default as many as take two seconds, for
+        that is what a kill costs. The store does not depend on it.
+    workers : int, optional
+        Worker threads; by default one for each usable processor. On a processor each takes its images through all
+        steps, for a GPU they decode.
+    threads : int, optional
+        Threads that each worker's forward pass may use; by default one, which moves no bit whatever `workers` is.
+    engine : str, default "auto"
+        How the network is run. "auto" tries the ways that fit the device on the job's own images, when the job is long
+        enough to pay for it, and takes the fastest whose numbers are those of eager float32. An update or a resumed run
+        keeps the engine of before, so that its result equals that of a new extraction in every bit, unless it computes
+        more than the store holds. Otherwise one of eager, graph, openvino and compile.
+    overwrite : bool, default False
+        Whether a store that exists at `output` is replaced instead of updated.
+    checksum : bool, default False
+        Whether every image is read to see whether its content changed, for tools that keep modification times.
+    retry_failed : bool, default False
+        Whether images that failed before are tried again.
+    repair : bool, default False
+        Whether rows of the store that do not match their checksums are computed again.
+    progress : callable, optional
+        Called with a `Progress` after every batch. What it raises ends the run; what was computed is kept.
+    report : path-like, optional
+        Where to write, as JSON, what was chosen and where the time went.
+
+    Returns
+    -------
+    Store
+        Opened.
+
+    Raises
+    ------
+    ImageError
+        When there is no such folder, no image in it, or none that can be read.
+    StoreBusyError
+        When another process is writing the store.
+    SpecMismatchError
+        When the store, or an unfinished run for it, was made otherwise.
+    StoreFormatError
+        When the store is damaged.
+    StoreExistsError
+        When none of the store's images is in the folder: it was made from another one.
+    BackboneError
+        When the backbone cannot be loaded, or has no such layer.
+
+    Examples
+    --------
+    >>> import embedkit as ek
+    >>> store = ek.extract("photos/", "photos.h5", "resnet18.a1_in1k")  # doctest: +SKIP
+    >>> store.embeddings.shape  # doctest: +SKIP
+    (1200, 512)
+    """
+    listing = list_images(images) if isinstance(images, str | os.PathLike) else list_files(images)
+    if isinstance(backbone, str):
+        backbone = Backbone.load(backbone)
+    names = tuple(_checked_layers(backbone, layers))
+    specs = {layer: backbone.layer_spec(layer) for layer in names}
+    information = _information(listing, backbone)
+    run = Run(output, backbone.spec, layers=specs, information=information, overwrite=overwrite, repair=repair)
+    settling = _Settling(run, listing, backbone, names, engine, batch_size, workers, threads)
+    cpu_seconds = time.process_time()
+    with run:
+        update = run.prepare(
+            _inventory(listing),
+            lambda numbers: _hashes(listing.files, numbers, workers),
+            part_size=lambda count: part_size or settling.part_size(count),
+            batch_size=batch_size or backbone.batch_size,
+            checksum=checksum,
+            retry_failed=retry_failed,
+        )
+        try:
+            job = settling.job(sum(len(update.plan.part(number)) for number in update.todo), update.plan.batch_size)
+            end, reason = compute(run, update, listing, job, progress)
+            if end.failed == end.total:
+                run.abandon()
+                raise ImageError(
+                    os.fspath(listing.root), f"none of its {end.failed} images could be read; the first: {reason}"
+                )
+            run.finalise(update)
+        except (OSError, KeyboardInterrupt):
+            log.warning("what is computed is kept in %s: the same command goes on from there", run.folder)
+            raise
+    if report is not None:
+        write_report(report, end, job, settling.choice, time.process_time() - cpu_seconds)
+    return Store.open(output)
+
+
+class _Settling:
+    """Settles how the images of a run are computed: once, and only when there are any."""
+
+    def __init__(
+        self, run: Run, listing: Listing, backbone: Backbone, layers: tuple[str, ...], engine: str,
+        batch_size: int | None, workers: int | None, threads: int | None,
+    ) -> None:  # fmt: skip
+        self.run, self.listing, self.backbone, self.layers, self.engine = run, listing, backbone, layers, engine
+        self.batch_size = batch_size or backbone.batch_size
+        self.workers = workers or usable_processors()
+        self.threads = threads or 1
+        self.choice: Choice | None = None
+        self._seconds = 0.0
+
+    def job(self, count: int, batch_size: int) -> Job | None:
+        """Return how to compute this many images."""
+        if count == 0:
+            return None
+        if self.choice is None:
+            self.batch_size = batch_size  # That of the run that is resumed.
+            self._choose(count)
+        assert self.choice is not None
+        job = Job(self.backbone, self.layers, self.choice.engine, self.workers, self.threads)
+        log.info("%s", engine_line(self.choice, job))
+        return job
+
+    def part_size(self, count: int) -> int:
+        """Return how many images take about two seconds; a kill costs no more than that."""
+        if count <= 4 * self.batch_size:
+            return self.batch_size
+        self._choose(count)
+        assert self.choice is not None
+        # Decoding and the forward pass of one image in one worker.
+        seconds = self._seconds + self.choice.trial.seconds / self.batch_size
+        width = 4 * (self.backbone.dim + sum(self.backbone.layer_spec(layer).dim for layer in self.layers))
+        rows = min(int(SECONDS_A_PART * self.workers / seconds), MAX_PART_ROWS, MAX_PART_BYTES // width)
+        return max(self.batch_size, rows)
+
+    def _choose(self, count: int) -> None:
+        wanted = self.engine
+        if wanted == "auto":
+            wanted = self._engine_of_before(count)
+        short = count <= 4 * self.batch_size and self.backbone.spec.precision == "float32"
+        crops = [] if short and wanted == "auto" else self._sample()
+        try:
+            self.choice = self._chosen(crops, count, wanted)
+        except BackboneError as error:
+            if wanted == self.engine:
+                raise
+            log.warning("%s; the rows of this store agree to rounding only", error)
+            self.choice = self._chosen(crops, count, "auto")
+        self.run.remember({"engine": self.choice.engine.name})
+
+    def _chosen(self, crops: list[npt.NDArray[np.uint8]], count: int, engine: str) -> Choice:
+        return self.backbone.choose_engine(
+            crops, count, layers=self.layers, engine=engine, batch_size=self.batch_size, workers=self.workers,
+            threads=self.threads,
+        )  # fmt: skip
+
+    def _engine_of_before(self, count: int) -> str:
+        """Return the engine that computed what is there, unless that is little beside what is to come."""
+        earlier, rows = self.run.earlier
+        return str(earlier.get("engine", "auto")) if count <= rows else "auto"
+
+    def _sample(self) -> list[npt.NDArray[np.uint8]]:
+        """Return some crops from all over the listing, and keep what reading one takes."""
+        files = self.listing.files
+        crops = []
+        for file in files[:: max(1, len(files) // _SAMPLE)][:_SAMPLE]:
+            started = time.perf_counter()
+            try:
+                crops.append(self.backbone.pixels(read_bytes(file.path, file.id), id=file.id))
+            except ImageError:
+                continue
+            self._seconds += time.perf_counter() - started
+        self._seconds /= max(1, len(crops))
+        return crops
+
+
+def _inventory(listing: Listing) -> Inventory:
+    status = np.array([status_of(file.path) for file in listing.files], dtype=np.int64).reshape(-1, 2)
+    codes = {name: code for code, name in enumerate(listing.classes)}
+    labels = [-1 if file.label is None else codes[file.label] for file in listing.files]
+    return Inventory(
+        ids=np.array([os.fsencode(file.id) for file in listing.files] or np.empty(0, dtype="S1")),
+        sizes=status[:, 0],
+        mtimes_ns=status[:, 1],
+        labels=np.array(labels, dtype=np.int32) if listing.classes else None,
+        classes=listing.classes,
+        failures=listing.failures,
+    )
+
+
+def _hashes(files: Sequence[ImageFile], numbers: list[int], workers: int | None) -> Iterator[tuple[int, bytes]]:
+    """Yield the SHA-256 of some files, without those that cannot be read."""
+
+    def sha256(number: int) -> bytes | None:
+        try:
+            return hashlib.sha256(read_bytes(files[number].path, files[number].id)).digest()
+        except ImageError:
+            return None
+
+    if numbers:
+        log.info("comparing the content of %s images", f"{len(numbers):,}")
+    with ThreadPoolExecutor(workers or 2, thread_name_prefix="embedkit-hash") as pool:
+        for batch in in_batches(numbers, 1024):  # The pool would otherwise queue millions of tasks.
+            for number, found in zip(batch, pool.map(sha256, batch), strict=True):
+                if found is not None:
+                    yield number, found
+
+
+def _checked_layers(backbone: Backbone, layers: Iterable[str]) -> list[str]:
+    """Return the whole names of layers."""
+    if isinstance(layers, str):
+        raise BackboneError(f"layers are several names, got {layers!r}")
+    names = [backbone.whole_name(layer) for layer in layers]
+    if len(names) > MAX_LAYERS or len(set(names)) < len(names):
+        raise BackboneError(f"layers are at most {MAX_LAYERS} different ones, got {', '.join(names)}")
+    for name in names:
+        if "/" in name or len(name.encode()) > 64:
+            raise BackboneError(f"{name!r} is not the name of a layer: 1 to 64 bytes, without a slash")
+    return names
+
+
+def _information(listing: Listing, backbone: Backbone) -> dict[str, Any]:
+    """Return what explains a run without deciding its numbers."""
+    return {
+        "root": os.path.abspath(listing.root),
+        "recipe": backbone.recipe,
+        "device": str(backbone.device),
+        "host": platform.node(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+    }
+
+
+_PACKAGES = ("embedkit", "timm", "torch", "torchvision", "pillow", "simplejpeg", "openvino", "numpy", "h5py")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,58 @@
+"""JPEG by libjpeg-turbo without Pillow around it: the same pixels, decoded in two thirds of the time."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from embedkit.images.decoding import MAX_PIXELS, orientation_of
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def shape_of(data: bytes) -> tuple[int, int] | None:
+    """Return height and width of a JPEG that this decoder may be given; None for all else, which is Pillow's."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    # Four colours are converted otherwise than by Pillow, and a bomb is for Pillow to explain.
+    return (height, width) if colours in ("YCbCr", "Gray", "RGB") and 0 < height * width <= MAX_PIXELS else None
+
+
+def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Pixels | None:
+    """Return the pixels as they lie in the file, of shape (h, w, 3); None when Pillow has to judge the file.
+
+    Parameters
+    ----------
+    data : bytes
+        A JPEG of which `shape_of` knows the shape.
+    at_least : tuple of int, optional
+        Height and width that are enough: the inverse transform then makes a smaller image where a smaller one is. By
+        default all pixels, which equal Pillow's bit for bit.
+    """
+    height, width = at_least or (0, 0)
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, fastupsample=False, min_height=height, min_width=width
+        )
+    except (ValueError, RuntimeError, MemoryError):
+        return None
+    return pixels
+
+
+def orientation(data: bytes) -> int:
+    """Return the EXIF orientation of a JPEG, 1 where it has none."""
+    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:
+        return 1  # Most files say nothing, and then Pillow need not look at all of their header.
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
+            return orientation_of(image)
+    except Exception:  # What is wrong with the header is found, and said, by whoever decodes the pixels.
+        return 1

@@ -69,7 +69,7 @@ class EmbeddingSpec:
     weights_sha256 : str
         Over the backbone's tensors in name order, so the same weights in another file format agree.
     pool : str
-        "default" for the model's own pooling, or avg, max, cls, flatten.
+        "default" for the model's own pooling, or what `embedkit.Backbone.load` takes otherwise.
     dim : int
         Width of the embedding, measured by a forward pass.
     preprocessing : Preprocessing
@@ -78,6 +78,8 @@ class EmbeddingSpec:
         Number format of the forward pass.
     views : tuple of str
         Further views of each image that are averaged with the plain one, such as ``flip``.
+    tokens : int
+        With the pooling "none", how many vectors of ``dim // tokens`` numbers lie in each row; otherwise 0.
 
     Examples
     --------
@@ -98,6 +100,7 @@ class EmbeddingSpec:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     precision: str = "float32"
     views: tuple[str, ...] = ()
+    tokens: int = 0
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -110,8 +113,9 @@ class EmbeddingSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values."""
         values: dict[str, Any] = json.loads(canonical_json(dataclasses.asdict(self)))
-        if not self.views:
-            del values["views"]  # It came later: specs without it keep their digests.
+        for name in ("views", "tokens"):  # They came later: specs without them keep their digests.
+            if not values[name]:
+                del values[name]
         return values
 
     @classmethod

@@ -129,3 +129,92 @@ def test_the_classifier_on_stored_embeddings_gives_the_models_logits(
         logits = model(torch.stack([transform(Image.open(photos / id).convert("RGB")) for id in store.ids]))
         ours = model.get_classifier()(torch.from_numpy(store.load()))
     np.testing.assert_allclose(ours.numpy(), logits.numpy(), atol=1e-5)
+
+
+def test_the_report_says_what_was_chosen_and_where_the_time_went(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    extract(photos, tmp_path / "s.h5", backbone, engine="graph", workers=2, report=tmp_path / "run.json")
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["images"] == {"total": 24, "failed": 0, "kept": 0, "computed": 24}
+    assert report["engine"] == "graph" and report["batch_size"] == 8 and report["workers"] == 2
+    assert [trial["engine"] for trial in report["trials"]] == ["eager", "graph"]
+    assert all(trial["min_cosine"] >= 0.99999 and trial["seconds"] > 0 for trial in report["trials"])
+    assert report["measured"]["images_per_second"] > 0 and report["measured"]["cpu_seconds"] > 0
+    assert report["hint"].split("-bound")[0] in ("read", "decode", "forward") or "waited" in report["hint"]
+    assert report["peak_memory_bytes"] is None or report["peak_memory_bytes"] > 50e6
+    extract(photos, tmp_path / "s.h5", backbone, report=tmp_path / "run.json")
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["images"]["kept"] == 24 and "engine" not in report
+
+
+def test_an_update_keeps_the_engine_of_before(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    extract(root, tmp_path / "s.h5", backbone, engine="graph")
+    image = sorted(root.glob("*/*"))[0]
+    Image.open(image).rotate(90).save(image.with_name("turned.png"))
+    updated = extract(root, tmp_path / "s.h5", backbone, report=tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text())["engine"] == "graph"
+    assert updated.information["engine"] == "graph" and len(updated) == 25
+    fresh = extract(root, tmp_path / "fresh.h5", backbone, engine="graph")
+    assert fresh.content_id == updated.content_id
+
+
+def test_files_can_be_named_one_by_one(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    folder = extract(photos, tmp_path / "folder.h5", backbone)
+    files = [photos / id for id in folder.ids]
+    named = extract(reversed(files), tmp_path / "named.h5", backbone)
+    assert named.ids == folder.ids and np.array_equal(named.embeddings, folder.embeddings)
+    assert named.root == folder.root and named.labels is None
+    with pytest.raises(ImageError, match="is in the list twice"):
+        extract([files[0], files[0]], tmp_path / "twice.h5", backbone)
+    with pytest.raises(ImageError, match="it is empty"):
+        extract([], tmp_path / "none.h5", backbone)
+    some = extract([*files[:2], photos / "missing.jpg"], tmp_path / "some.h5", backbone)
+    assert len(some) == 2 and [failure.error for failure in some.failures] == ["the file is missing"]
+
+
+def test_what_progress_raises_ends_the_run_and_keeps_what_is_computed(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.committed >= 8:
+            raise Enough
+
+    with pytest.raises(Enough):
+        extract(photos, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=stop)
+    assert not (tmp_path / "s.h5").exists()
+    seen: list[Progress] = []
+    store = extract(photos, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=seen.append)
+    assert seen[0].changes.resumed >= 8 and len(store) == 24
+    assert store.content_id == extract(photos, tmp_path / "t.h5", backbone).content_id
+
+
+def test_the_numbers_do_not_depend_on_workers_or_passes(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    ways = [(1, 8, "eager"), (3, 5, "eager"), (2, 24, "eager"), (1, 8, "graph"), (4, 8, "graph")]
+    found = [
+        extract(photos, tmp_path / f"{number}.h5", backbone, workers=workers, batch_size=size, engine=engine)
+        for number, (workers, size, engine) in enumerate(ways)
+    ]
+    assert len({store.content_id for store in found[:3]}) == 1 and found[3].content_id == found[4].content_id
+    np.testing.assert_allclose(found[0].embeddings, found[3].embeddings, atol=1e-5)
+
+
+def test_a_store_says_how_its_images_were_decoded_and_computed(
+    photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    options = {"decode": "fast", "precision": "bf16", "views": ("flip",)}
+    store = extract(photos, tmp_path / "s.h5", Backbone.load(tiny_backbone, **options))  # type: ignore[arg-type]
+    assert store.spec.precision == "bfloat16" and store.spec.views == ("flip",)
+    assert store.spec.preprocessing.decoder == "libjpeg-turbo scaled, torch resize"
+    again = Backbone.reload(store.spec, store.recipe)
+    assert again.spec == store.spec
+    # The spec is believed, not the recipe.
+    assert Backbone.reload(store.spec, {"model": str(tiny_backbone)}).spec == store.spec
+    plain = Backbone.load(tiny_backbone)
+    assert set(plain.spec.differences(store.spec)) == {"precision", "preprocessing.decoder", "views"}
+    assert "views" not in plain.spec.to_dict()

@@ -83,8 +83,8 @@ class Backbone:
             Replace single facts of the preprocessing that the weights were trained with. `img_size` is one side or
             (height, width), in pixels.
         pool : str, default "default"
-            The model's own pooling, because that is what its weights were trained with. avg, max, gem, cls and flatten
-            pool the last feature map or tokens; ``MODULE:POOL`` pools what a module inside the network returns, such as
+            The model's own pooling, because that is what its weights were trained with. avg, max, gem, cls, flatten
+            and none (every token) work on the last feature map or tokens; ``MODULE:POOL`` pools what a module inside the network returns, such as
             ``layer3:avg``, where MODULE may be the number of one of timm's feature levels, such as ``-2:gem``.
         exif : bool, default True
             Whether EXIF orientation is applied. Phones store photographs sideways; published protocols mostly
@@ -207,7 +207,7 @@ class Backbone:
         self._networks: dict[tuple[str, ...], Network] = {}
         self._engines: dict[tuple[str, ...], Engine] = {}
         try:
-            dim = self._run([self._blank()], [pool])[0].shape[1]
+            dim, tokens = self._width(pool)
         except (RuntimeError, AssertionError) as error:
             raise BackboneError(
                 f"{source.arch} cannot embed {preprocessing.img_size[0]} x {preprocessing.img_size[1]} pixels: {error}"
@@ -222,6 +222,7 @@ class Backbone:
             preprocessing=preprocessing,
             precision=given.PRECISIONS[precision],
             views=views,
+            tokens=tokens,
         )
 
     def __repr__(self) -> str:
@@ -411,7 +412,14 @@ class Backbone:
         if not layer:
             return self.spec
         pool = self.whole_name(layer)
-        return replace(self.spec, pool=pool, dim=self._run([self._blank()], [pool])[0].shape[1])
+        dim, tokens = self._width(pool)
+        return replace(self.spec, pool=pool, dim=dim, tokens=tokens)
+
+    def _width(self, pool: str) -> tuple[int, int]:
+        """Return the width of a row, and how many tokens it holds when it is not pooled."""
+        dim = self._run([self._blank()], [pool])[0].shape[1]
+        module, colon, kind = pool.rpartition(":")
+        return dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
 
     def whole_name(self, layer: str) -> str:
         """Return what a layer is called in full, such as ``blocks.8:avg`` for ``-4``.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embedkit.errors import BackboneError
 
-POOLS = ("default", "avg", "max", "gem", "cls", "flatten")
+POOLS = ("default", "avg", "max", "gem", "cls", "flatten", "none")
 _GEM_POWER, _GEM_FLOOR = 3.0, 1e-6  # Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation, 2018.
 
 
@@ -77,7 +77,8 @@ def pooled(model: nn.Module, pixels: Tensor, pools: Sequence[str], taps: Taps) -
 
     ``default`` is the model as timm ends it without a classifier. The others work on `forward_features`, or on what
     the module before the colon returns: a feature map (b, c, h, w), or tokens (b, t, d), where avg and max leave out
-    class and register tokens. The network runs once for all of them.
+    class and register tokens. ``flatten`` is all of it in one row, ``none`` the tokens alone, or the positions of a
+    feature map, row by row, one behind the other. The network runs once for all of them.
     """
     with taps.open() as seen:
         if all(pool == "default" or ":" in pool for pool in pools):
@@ -118,6 +119,8 @@ def _pool(model: nn.Module, output: Any, kind: str) -> Tensor:
         prefix = int(getattr(model, "num_prefix_tokens", 0))
     if kind == "flatten":
         return features.flatten(1)
+    if kind == "none":
+        return tokens[:, prefix:].flatten(1)
     if kind == "gem":  # (mean of x^p)^(1/p): between avg (p = 1) and max (p = infinity).
         powers = tokens[:, prefix:].clamp(min=_GEM_FLOOR).pow(_GEM_POWER)
         return powers.mean(1).pow(1 / _GEM_POWER)

@@ -76,7 +76,7 @@ _BACKBONE_OPTIONS = [
     click.option("--std", type=_Numbers(float), help="Standard deviation of each channel."),
     click.option(
         "--pool", type=_Names(), default="default", show_default=True, metavar="POOL[,...]",
-        help="default (the model's own), avg, max, gem, cls, flatten, MODULE:POOL; further ones are layers.",
+        help="default (the model's own), avg, max, gem, cls, flatten, none, MODULE:POOL; others are layers.",
     ),
     click.option(
         "--exif/--no-exif", default=True, show_default=True,

@@ -122,8 +122,11 @@ def _jpeg_crop(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint
     pixels = jpeg.decode(data, (_FAST_MARGIN * stored[0], _FAST_MARGIN * stored[1]) if scaled else None)
     if pixels is None:
         return None
-    # Turned when it is small: the filter is the same in both directions.
-    return _centred(turned(_torch_resize(pixels, stored, preprocessing.interpolation), orientation), preprocessing)
+    # Turned when it is small. Rows are resized before columns, with a rounding between: of the upright image.
+    if lying:
+        pixels = _torch_resize(pixels, (stored[0], pixels.shape[1]), preprocessing.interpolation)
+    resized = _torch_resize(pixels, stored, preprocessing.interpolation)
+    return _centred(turned(resized, orientation), preprocessing)
 
 
 def turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:

@@ -283,10 +283,8 @@ def compare(model: str, every: list[str], some: list[str], methods: list[str], r
             rates = found["images"] / found["seconds"], found["images"] / found["cpu_seconds"]
             engine = found.get("report", {}).get("engine", "")
             peak = f"{found['peak_bytes'] / 1e9:5.2f} GB"
-            print(
-                f"{model:24} {method:24} round {number} {rates[0]:8.1f} images/s {rates[1]:8.1f} a CPU second {peak} {engine}",
-                flush=True,
-            )
+            line = f"{rates[0]:8.1f} images/s {rates[1]:8.1f} a CPU second {peak} {engine}"
+            print(f"{model:24} {method:24} round {number} {line}", flush=True)
     return taken
 
 

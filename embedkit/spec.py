@@ -135,9 +135,11 @@ class EmbeddingSpec:
             spec = cls(**{**values, "preprocessing": Preprocessing(**pixels), "views": views})
         except (KeyError, TypeError, ValueError) as error:
             raise StoreFormatError(f"the embedding spec is incomplete or has unknown fields: {error}") from error
-        if not isinstance(spec.dim, int) or not isinstance(spec.backbone, str):
+        whole = isinstance(spec.dim, int) and isinstance(spec.tokens, int) and spec.tokens >= 0
+        if not whole or not isinstance(spec.backbone, str) or (spec.tokens and spec.dim % spec.tokens):
             raise StoreFormatError(
-                "the embedding spec has fields of the wrong type: dim must be an integer, backbone text"
+                "the embedding spec has fields of the wrong type: dim must be an integer, a multiple of tokens where "
+                "there are any, and backbone text"
             )
         return spec
 

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedkit import Backbone, SpecMismatchError, Store, StoreBusyError, StoreExistsError, StoreFormatError, extract
+from embedkit import (
+    Backbone,
+    BackboneError,
+    SpecMismatchError,
+    Store,
+    StoreBusyError,
+    StoreExistsError,
+    StoreFormatError,
+    extract,
+)
 from embedkit.extraction import Progress
 from embedkit.store import Changes, verify
 
@@ -325,3 +334,16 @@ def test_one_image_alone_has_the_same_bits_as_among_others(root: Path, backbone:
     store = Run(root, tmp_path / "s.h5", backbone).store
     for row in (0, 7, 23):
         assert np.array_equal(backbone.embed(root / store.ids[row]), store.embeddings[row])
+
+
+def test_every_token_is_kept_without_pooling(root: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny_backbone, pool="none")
+    store = extract(root, tmp_path / "s.h5", backbone, layers=["avg", "layer2:none", "-1"])
+    average = Store.open(store.path, layer="avg")
+    assert store.tokens.shape == (24, 4, average.dim) and store.dim == 4 * average.dim
+    np.testing.assert_allclose(store.tokens.mean(1), average.load(), atol=1e-5)
+    assert average.tokens.shape == (24, 1, average.dim) and average.spec.tokens == 0
+    assert list(store.layers) == ["avg", "layer2:none", "layer4:avg"]
+    assert Store.open(store.path, layer="layer2:none").tokens.shape[:2] == (24, 64)
+    with pytest.raises(BackboneError, match="has 5 feature levels, and none is number 9"):
+        extract(root, tmp_path / "t.h5", backbone, layers=["9"])

@@ -83,9 +83,9 @@ class Backbone:
             Replace single facts of the preprocessing that the weights were trained with. `img_size` is one side or
             (height, width), in pixels.
         pool : str, default "default"
-            The model's own pooling, because that is what its weights were trained with. avg, max, gem, cls, flatten
-            and none (every token) work on the last feature map or tokens; ``MODULE:POOL`` pools what a module inside the network returns, such as
-            ``layer3:avg``, where MODULE may be the number of one of timm's feature levels, such as ``-2:gem``.
+            The model's own pooling, because that is what its weights were trained with. avg, max, gem, cls, flatten and
+            none (every token) work on the last feature map or tokens; ``MODULE:POOL`` on what a module inside the
+            network returns, such as ``layer3:avg``, where MODULE may be the number of a feature level: ``-2:gem``.
         exif : bool, default True
             Whether EXIF orientation is applied. Phones store photographs sideways; published protocols mostly
             ignored that.

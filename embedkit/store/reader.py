@@ -160,6 +160,11 @@ class Store:
         """All embeddings as a read-only array of shape (n, d), mapped from the file without a copy."""
         return self._matrix.map
 
+    @property
+    def tokens(self) -> npt.NDArray[np.float32]:
+        """All embeddings as a read-only array of shape (n, t, d): t vectors an image, one for the pooled ones."""
+        return self.embeddings.reshape(len(self), self.spec.tokens or 1, -1)
+
     def load(self, dtype: npt.DTypeLike = np.float32, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Return all embeddings in memory.
 

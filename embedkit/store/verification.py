@@ -15,6 +15,7 @@ from embedkit.spec import EmbeddingSpec
 from embedkit.store import format as schema
 from embedkit.store.hdf5 import Dataset, Layout, LayoutError, read_layout
 from embedkit.store.matrix import ReadOnlyFile
+from embedkit.store.reader import Store
 
 _READ_BYTES = 1 << 22
 
@@ -26,7 +27,7 @@ class Problem:
     Attributes
     ----------
     where : str
-        The dataset, or "metadata".
+        The dataset, "metadata", or "gap": bytes between the two that nobody reads.
     error : str
         What is wrong with it.
     rows : tuple of int, optional
@@ -43,7 +44,7 @@ class Problem:
 
 
 def verify(
-    path: str | os.PathLike[str], *, threads: int = 2, progress: Callable[[int, int], None] | None = None
+    path: str | os.PathLike[str] | Store, *, threads: int = 2, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
     """Compare every byte of a store with the checksums that were written with it.
 
@@ -52,8 +53,8 @@ def verify(
 
     Parameters
     ----------
-    path : path-like
-        The store.
+    path : path-like or Store
+        The store; of one that is open the open file, whatever has its name by now.
     threads : int, default 2
         Hashing threads. One reaches about 1 GB/s.
     progress : callable, optional
@@ -76,10 +77,7 @@ def verify(
     ...     print(problem)
     embeddings rows 8192:12288: its SHA-256 does not match
     """
-    path = Path(path)
-    if not path.is_file():
-        raise StoreNotFoundError(f"{path} does not exist; there is nothing to verify")
-    file = ReadOnlyFile(path, keep=True)
+    file = path.matrices[""].file if isinstance(path, Store) else _opened(Path(path))
     try:
         layout = read_layout(file.read, file.size, checksums=True)
         problems = [*_gaps(file, layout), *_facts(layout)]
@@ -97,6 +95,12 @@ def verify(
             if progress is not None:
                 progress(done, total)
     return problems or _order(file, layout)
+
+
+def _opened(path: Path) -> ReadOnlyFile:
+    if not path.is_file():
+        raise StoreNotFoundError(f"{path} does not exist; there is nothing to verify")
+    return ReadOnlyFile(path, keep=True)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _blocks(
 ) -> Iterator[_Task]:
     block_rows, rows = checksums.attributes.get("block_rows"), dataset.shape[0]
     if not isinstance(block_rows, int) or block_rows < 1 or checksums.shape != (-(-rows // block_rows), 32):
-        problems.append(Problem(f"checksums/{name}", f"it has shape {checksums.shape} for {rows} rows"))
+        problems.append(Problem(name, f"its blocks' checksums have shape {checksums.shape} for {rows} rows"))
         return
     digests = file.array(checksums.offset, checksums.shape, checksums.dtype)
     row_bytes = dataset.nbytes // max(1, rows)
@@ -159,7 +163,7 @@ def _gaps(file: ReadOnlyFile, layout: Layout) -> Iterator[Problem]:
             yield Problem("metadata", f"two parts of the file claim byte {start}")
         for at in range(position, start, _READ_BYTES):
             if file.read(at, min(_READ_BYTES, start - at)).strip(b"\0"):
-                yield Problem("metadata", f"there is something in the gap at bytes {position}:{start}")
+                yield Problem("gap", f"there is something in the gap at bytes {position}:{start}")
                 break
         position = max(position, stop)
 

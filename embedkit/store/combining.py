@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import fnmatch
 import os
 import re
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError, StoreExistsError, StoreFormatError
 from embedkit.store.assembling import Content, Gather, Header, publish
-from embedkit.store.locking import Lock, parts_folder
+from embedkit.store.locking import Lock, now, parts_folder
 from embedkit.store.plans import require_same_specs
 from embedkit.store.reader import Store
 from embedkit.store.tables import Failures, Images
@@ -274,8 +273,7 @@ def _inherited(stores: Sequence[Store]) -> dict[str, Any]:
 
 
 def _publish(target: Path, like: Store, information: Mapping[str, Any], content: Content) -> Store:
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    header = Header(like.main_spec, uuid.uuid4().hex, created, like.layers, information)
+    header = Header(like.main_spec, uuid.uuid4().hex, now(), like.layers, information)
     with Lock(parts_folder(target)) as lock:
         publish(target, lock.folder, header, content)
     return Store.open(target)

@@ -35,8 +35,6 @@ class Known:
         Whether it could not be read.
     source, row : int64 (m,)
         Where the entry stands: a row of ``sources[source]``, of its images or of its failures.
-    base_rows : int
-        Rows of the store that is updated, before anything else was known.
     """
 
     sources: Sequence[Store | Part]
@@ -47,7 +45,6 @@ class Known:
     failed: Array
     source: Rows
     row: Rows
-    base_rows: int
 
     def images(self, entries: Rows) -> Images:
         """Return the columns of some entries, none of which failed."""
@@ -88,7 +85,6 @@ def gather_known(base: Store | None, parts: Iterable[Part]) -> Known:
         failed=number[chosen] % 2 == 1,
         source=number[chosen] // 2,
         row=np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(length) for length in lengths)])[chosen],
-        base_rows=0 if base is None else len(base),
     )
 
 

@@ -7,7 +7,6 @@ cut into parts), the list of ids, and the parts themselves. ``docs/store-format.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import logging
 import os
 import uuid
@@ -26,7 +25,7 @@ from embedkit.store import durable
 from embedkit.store import format as schema
 from embedkit.store.assembling import Header, publish
 from embedkit.store.knowledge import Damage, Known, at, find_damage, gather_known, same_content, unchanged
-from embedkit.store.locking import Lock, parts_folder
+from embedkit.store.locking import Lock, now, parts_folder
 from embedkit.store.parts import Part, Rows, read_parts, write_part
 from embedkit.store.plans import NO_PLAN, NOTE, Plan, read_note, read_plan, require_same_specs, run_digest, write_note
 from embedkit.store.reader import Store
@@ -79,8 +78,7 @@ class Run:
         self.path = Path(os.path.realpath(path))
         self.folder = parts_folder(self.path)
         refuse_existing(self.path, overwrite=True)
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.header = Header(spec, uuid.uuid4().hex, created, dict(layers or {}), dict(information or {}))
+        self.header = Header(spec, uuid.uuid4().hex, now(), dict(layers or {}), dict(information or {}))
         self.base: Store | None = None
         self.parts: dict[str, Part] = {}
         self.plan = NO_PLAN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from embedkit.errors import StoreFormatError
 from embedkit.spec import EmbeddingSpec, canonical_json
 from embedkit.store.hdf5 import Dataset
+from embedkit.text import printable
 
 if TYPE_CHECKING:
     import h5py
@@ -27,6 +29,8 @@ MAX_PROVENANCE_BYTES = 60 * 1024  # An attribute holds 64 KiB.
 MAX_ID_BYTES = 4096
 MAX_ERROR_BYTES = 1000
 MAX_LAYERS = 32
+MAX_LAYER_BYTES = 64
+MAX_JSON_DEPTH = 64
 NO_HASH = "0" * 64
 
 Array = npt.NDArray[Any]
@@ -93,13 +97,38 @@ def read_header(path: Path, attributes: Attributes) -> tuple[dict[str, Any], Emb
         )
     try:
         provenance = json.loads(str(attributes["provenance"]))
+        _check_depth(provenance)
+        canonical_json(provenance)  # NaN and infinity are read, and would be an error of whoever writes them again.
         spec = EmbeddingSpec.from_dict(provenance["identity"])
         layers = {name: EmbeddingSpec.from_dict(values) for name, values in provenance.get("layers", {}).items()}
+        digest = spec.digest
+        wrong = [name for name in layers if not is_layer_name(name)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreFormatError(f"{path}: its provenance cannot be read: {error}") from error
-    if spec.digest != attributes.get("digest"):
+        raise StoreFormatError(f"{path}: its provenance cannot be read: {printable(str(error))}") from error
+    if wrong:
+        raise StoreFormatError(f"{path} has the layer {wrong[0]!r}; layers have names of 1 to 64 bytes without a slash")
+    if digest != attributes.get("digest"):
         raise StoreFormatError(f"{path}: its digest does not match its own spec; the file was altered")
+    if not re.fullmatch("[0-9a-f]{64}", str(attributes.get("content_id"))):
+        raise StoreFormatError(f"{path}: its content_id is not 64 hexadecimal digits; the file was altered")
     return provenance, spec, layers
+
+
+def is_layer_name(name: str) -> bool:
+    """Return whether a layer may have a name: 1 to 64 bytes, without a slash."""
+    return 0 < len(name.encode()) <= MAX_LAYER_BYTES and "/" not in name
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ValueError for JSON so deep that whoever walks through it runs out of stack, here or later."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner for item in level if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]  # fmt: skip
+    if level:
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
 
 
 _TEXT = ("S",)
@@ -126,13 +155,14 @@ def check_columns(
     columns = [name for name in _COLUMNS if not name.startswith("label") or "labels" in datasets]
     for name in [*wanted, *columns]:
         if name not in datasets:
-            raise StoreFormatError(f"{path} is not an embedkit store: it has no dataset /{name}")
+            raise StoreFormatError(f"{path} is not an embedkit store: it has no dataset /{printable(name)}")
     rows = {"": datasets["ids"].shape[:1], "failures/": datasets["failures/ids"].shape[:1]}
     for name, layer in wanted.items():
         found = datasets[name]
         if found.shape != (*rows[""], layer.dim) or layer.dim < 1 or found.dtype.str not in ("<f4", "<f2"):
             raise StoreFormatError(
-                f"{path}: /{name} is {found.dtype} of shape {found.shape} for {rows[''][0] if rows[''] else 0} ids; "
+                f"{path}: /{printable(name)} is {found.dtype} of shape {found.shape} for "
+                f"{rows[''][0] if rows[''] else 0} ids; "
                 f"expected float rows of width {layer.dim}"
             )
     for name in columns:

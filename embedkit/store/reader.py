@@ -17,6 +17,7 @@ from embedkit.store import format as schema
 from embedkit.store.hdf5 import Dataset, LayoutError, read_layout
 from embedkit.store.matrix import Matrix, ReadOnlyFile
 from embedkit.store.tables import Failure, Failures, Images
+from embedkit.text import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -98,11 +99,12 @@ class Store:
             layout = read_layout(store._file.read, store._file.size)
         except LayoutError as error:
             raise StoreFormatError(
-                f"{path} is not an embedkit store, was changed by another program, or is damaged: {error}"
+                f"{path} is not an embedkit store, was changed by another program, or is damaged: "
+                f"{printable(str(error))}"
             ) from error
         store._datasets = layout.datasets
         store.provenance, store.spec, store.layers = schema.read_header(store.path, layout.attributes)
-        store.content_id = str(layout.attributes.get("content_id"))
+        store.content_id = str(layout.attributes["content_id"])
         store.run_id = str(layout.attributes.get("run_id"))
         schema.check_columns(store.path, layout.datasets, store.spec, store.layers)
         store._choose(layer)
@@ -117,7 +119,8 @@ class Store:
         self.main_spec = self.spec
         if layer is not None:
             if layer not in self.layers:
-                raise StoreFormatError(f"{self.path} has no layer {layer!r}; it has {', '.join(self.layers) or 'none'}")
+                names = ", ".join(map(printable, self.layers)) or "none"
+                raise StoreFormatError(f"{self.path} has no layer {layer!r}; it has {names}")
             self.spec = self.layers[layer]
         self._matrix = self._matrix_of("embeddings" if layer is None else f"layers/{layer}")
 

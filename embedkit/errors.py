@@ -24,8 +24,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from embedkit.text import printable
-
 
 class EmbedkitError(Exception):
     """Base class of every error that embedkit raises on purpose."""
@@ -89,7 +87,9 @@ class SpecMismatchError(EmbedkitError, ValueError):
     def __init__(self, message: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
         self.differences = dict(differences)
         fields = "".join(
-            f"\n  {printable(name)}: {left!r} != {right!r}" for name, (left, right) in self.differences.items()
+            # A name may come from a stranger's file, and must not begin another line.
+            f"\n  {name if name.isprintable() else repr(name)}: {left!r} != {right!r}"
+            for name, (left, right) in self.differences.items()
         )
         super().__init__(f"{message}; these fields differ:{fields}")
 

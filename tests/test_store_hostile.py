@@ -150,7 +150,7 @@ def test_links_have_names_and_lie_at_depths_that_stores_have() -> None:
     def link(name: bytes, to: int) -> bytes:
         return message(6, bytes([1, 1]) + struct.pack("<H", len(name)) + name + struct.pack("<Q", to))
 
-    for name in (b"", b"a/b", b"x" * 256):
+    for name in (b"", b"a/b", b"x" * 256, b"a\nerror: forged", b"\x1b[31m"):
         data = with_root([link(name, 4096)])
         with pytest.raises(LayoutError, match="names that stores do not have"):
             read_layout(lambda offset, length, data=data: data[offset : offset + length], len(data))
@@ -184,17 +184,17 @@ LAYERS = {"identity": SPEC.to_dict(), "layers": {"": SPEC.to_dict()}}
         (canonical_json(LAYERS), "the layer ''"),
         (canonical_json(LAYERS).replace('"":', '"a/b":'), "the layer 'a/b'"),
         (canonical_json(LAYERS).replace('"":', f'"{"x" * 65}":'), "the layer 'xxx"),
+        (canonical_json(LAYERS).replace('"":', '"a\\nerror: forged":'), r"the layer 'a\nerror: forged'"),
         (canonical_json(LAYERS).replace('"":', '"\\ud800":'), "cannot be read"),
-        (canonical_json({"identity": {**SPEC.to_dict(), "a\nerror: forged": 1}}), r"'a\\nerror: forged'"),
+        (canonical_json({"identity": {**SPEC.to_dict(), "a\nerror: forged": 1}}), r"'a\nerror: forged'"),
     ],
 )
 def test_provenance_that_no_writer_writes_is_refused(tmp_path: Path, provenance: str, error: str) -> None:
-    layers = {f"layers/{name}": np.zeros((3, 2), "<f4") for name in ["x" * 65] if name in provenance}
-    path = make(tmp_path / "s.h5", layers, provenance=provenance)
+    path = make(tmp_path / "s.h5", provenance=provenance)
     for function in (Store.open, Store.status):
         with pytest.raises(StoreFormatError) as found:
             function(path)
-        assert error.replace("\\\\", "\\") in str(found.value) and "\n" not in str(found.value)
+        assert error in str(found.value) and "\n" not in str(found.value)
     assert [problem.where for problem in verify(path)] == ["metadata"]
 
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from embedkit.errors import StoreFormatError
 from embedkit.spec import EmbeddingSpec, canonical_json
 from embedkit.store.hdf5 import Dataset
-from embedkit.text import printable
 
 if TYPE_CHECKING:
     import h5py
@@ -104,9 +103,12 @@ def read_header(path: Path, attributes: Attributes) -> tuple[dict[str, Any], Emb
         digest = spec.digest
         wrong = [name for name in layers if not is_layer_name(name)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreFormatError(f"{path}: its provenance cannot be read: {printable(str(error))}") from error
+        reason = str(error) if str(error).isprintable() else repr(str(error))  # It may quote the file.
+        raise StoreFormatError(f"{path}: its provenance cannot be read: {reason}") from error
     if wrong:
-        raise StoreFormatError(f"{path} has the layer {wrong[0]!r}; layers have names of 1 to 64 bytes without a slash")
+        raise StoreFormatError(
+            f"{path} has the layer {wrong[0]!r}; layers have printable names of 1 to 64 bytes without a slash"
+        )
     if digest != attributes.get("digest"):
         raise StoreFormatError(f"{path}: its digest does not match its own spec; the file was altered")
     if not re.fullmatch("[0-9a-f]{64}", str(attributes.get("content_id"))):
@@ -115,8 +117,8 @@ def read_header(path: Path, attributes: Attributes) -> tuple[dict[str, Any], Emb
 
 
 def is_layer_name(name: str) -> bool:
-    """Return whether a layer may have a name: 1 to 64 bytes, without a slash."""
-    return 0 < len(name.encode()) <= MAX_LAYER_BYTES and "/" not in name
+    """Return whether a layer may have a name: printable, of 1 to 64 bytes, without a slash."""
+    return 0 < len(name.encode()) <= MAX_LAYER_BYTES and "/" not in name and name.isprintable()
 
 
 def _check_depth(value: Any) -> None:
@@ -155,14 +157,13 @@ def check_columns(
     columns = [name for name in _COLUMNS if not name.startswith("label") or "labels" in datasets]
     for name in [*wanted, *columns]:
         if name not in datasets:
-            raise StoreFormatError(f"{path} is not an embedkit store: it has no dataset /{printable(name)}")
+            raise StoreFormatError(f"{path} is not an embedkit store: it has no dataset /{name}")
     rows = {"": datasets["ids"].shape[:1], "failures/": datasets["failures/ids"].shape[:1]}
     for name, layer in wanted.items():
         found = datasets[name]
         if found.shape != (*rows[""], layer.dim) or layer.dim < 1 or found.dtype.str not in ("<f4", "<f2"):
             raise StoreFormatError(
-                f"{path}: /{printable(name)} is {found.dtype} of shape {found.shape} for "
-                f"{rows[''][0] if rows[''] else 0} ids; "
+                f"{path}: /{name} is {found.dtype} of shape {found.shape} for {rows[''][0] if rows[''] else 0} ids; "
                 f"expected float rows of width {layer.dim}"
             )
     for name in columns:

@@ -274,7 +274,7 @@ def _link(body: bytes) -> tuple[str, int]:
     length = int.from_bytes(body[at : at + width], "little")
     at += width
     name = body[at : at + length].decode("utf-8")
-    if not 0 < length <= MAX_NAME_BYTES or "/" in name:
+    if not 0 < length <= MAX_NAME_BYTES or "/" in name or not name.isprintable():
         raise LayoutError(f"it has links with names that stores do not have, such as {name[:64]!r}")
     return name, struct.unpack_from("<Q", body, at + length)[0]
 

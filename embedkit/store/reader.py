@@ -17,7 +17,6 @@ from embedkit.store import format as schema
 from embedkit.store.hdf5 import Dataset, LayoutError, read_layout
 from embedkit.store.matrix import Matrix, ReadOnlyFile
 from embedkit.store.tables import Failure, Failures, Images
-from embedkit.text import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -99,8 +98,7 @@ class Store:
             layout = read_layout(store._file.read, store._file.size)
         except LayoutError as error:
             raise StoreFormatError(
-                f"{path} is not an embedkit store, was changed by another program, or is damaged: "
-                f"{printable(str(error))}"
+                f"{path} is not an embedkit store, was changed by another program, or is damaged: {error}"
             ) from error
         store._datasets = layout.datasets
         store.provenance, store.spec, store.layers = schema.read_header(store.path, layout.attributes)
@@ -119,8 +117,7 @@ class Store:
         self.main_spec = self.spec
         if layer is not None:
             if layer not in self.layers:
-                names = ", ".join(map(printable, self.layers)) or "none"
-                raise StoreFormatError(f"{self.path} has no layer {layer!r}; it has {names}")
+                raise StoreFormatError(f"{self.path} has no layer {layer!r}; it has {', '.join(self.layers) or 'none'}")
             self.spec = self.layers[layer]
         self._matrix = self._matrix_of("embeddings" if layer is None else f"layers/{layer}")
 

@@ -64,6 +64,15 @@ def test_rows_that_are_not_finite_are_refused(tmp_path: Path, number: float) -> 
     assert np.array_equal(Store.open(tmp_path / "s.h5").load(), np.eye(2))
 
 
+@pytest.mark.parametrize("id", ["", "/a", "../a", "a/..", "a\0"])
+def test_ids_that_lead_out_of_the_folder_are_refused(tmp_path: Path, id: str) -> None:
+    with StoreWriter(tmp_path / "s.h5", SPEC) as writer:
+        with pytest.raises(ValueError, match="cannot be the id of an image; expected a relative path"):
+            writer.append(np.eye(2), ["a..b", id])
+        with pytest.raises(ValueError, match="cannot be the id of an image"):
+            writer.fail(id, "truncated")
+
+
 @pytest.mark.parametrize("failed", [["a"], ["z", "y", "z"]])
 def test_an_image_has_one_row_or_one_failure(tmp_path: Path, failed: list[str]) -> None:
     with StoreWriter(tmp_path / "s.h5", SPEC) as writer:

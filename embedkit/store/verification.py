@@ -19,6 +19,7 @@ from embedkit.store import format as schema
 from embedkit.store.hdf5 import Dataset, Layout, LayoutError, read_layout
 from embedkit.store.matrix import ReadOnlyFile
 from embedkit.store.reader import Store
+from embedkit.store.tables import is_id
 
 _READ_BYTES = 1 << 22
 _ROWS_AT_ONCE = 65536
@@ -235,8 +236,7 @@ def _wrong_ids(ids: schema.Array) -> str:
     if (ids[1:] <= ids[:-1]).any():
         return "they are not sorted by their bytes and unique"
     for id in ids.tolist():
-        # Whoever joins a folder and an id must stay in that folder.
-        if not id or id.startswith(b"/") or b"\0" in id or (b".." in id and b".." in id.split(b"/")):
+        if not is_id(id):
             return f"{os.fsdecode(id)!r} is not a path that stays below its folder"
     return ""
 

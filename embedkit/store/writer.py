@@ -21,7 +21,7 @@ from embedkit.store import durable
 from embedkit.store.assembling import Content, Gather, Header, publish
 from embedkit.store.locking import Lock, now, parts_folder
 from embedkit.store.matrix import Matrix, ReadOnlyFile
-from embedkit.store.tables import Failures, Images, lookup
+from embedkit.store.tables import Failures, Images, is_id, lookup
 
 
 @dataclass
@@ -119,7 +119,7 @@ class StoreWriter:
         embeddings : array of shape (b, d)
             Converted to float32; every number must be finite.
         ids : sequence of str of length b
-            Unique in the store.
+            Unique in the store; paths that stay below their folder.
         sizes, mtimes_ns : sequence of int, optional
             Size in bytes and modification time of each file when it was read.
         content_sha256 : sequence of bytes, or uint8 array of shape (b, 32), optional
@@ -132,7 +132,7 @@ class StoreWriter:
         EmbeddingShapeError
             When `embeddings` is not (len(ids), spec.dim).
         ValueError
-            When a number is not finite, or a column has another length than `ids`.
+            When a number is not finite, a column has another length than `ids`, or an id is no such path.
         OSError
             When the disk is full.
         """
@@ -145,6 +145,8 @@ class StoreWriter:
         wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(wrong):
             raise ValueError(f"the embedding of {ids[wrong[0]]!r} has numbers that are not finite in float32")
+        for id in ids:
+            _check_id(id)
         count = len(ids)
         more = _Columns(
             list(ids),
@@ -171,6 +173,7 @@ class StoreWriter:
 
     def fail(self, id: str, reason: str, *, size: int = 0, mtime_ns: int = 0) -> None:
         """Record an image that could not be read, once; it must not have a row as well."""
+        _check_id(id)
         self._columns.failures.append((id, reason, size, mtime_ns))
 
     def finalise(self) -> None:
@@ -213,6 +216,11 @@ class StoreWriter:
             id = os.fsdecode(bytes(failures.ids[twice][0]))
             raise ValueError(f"{id!r} failed and has a row, or failed twice; a store knows each image once")
         return failures
+
+
+def _check_id(id: str) -> None:
+    if not is_id(os.fsencode(id)):
+        raise ValueError(f"{id!r} cannot be the id of an image; expected a relative path that stays below its folder")
 
 
 def _column(name: str, values: Any, count: int, missing: Any) -> list[Any]:

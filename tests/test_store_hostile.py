@@ -198,6 +198,13 @@ def test_provenance_that_no_writer_writes_is_refused(tmp_path: Path, provenance:
     assert [problem.where for problem in verify(path)] == ["metadata"]
 
 
+@pytest.mark.parametrize("root", ["a\0b", "\ud800", 5, None])
+def test_a_root_that_is_no_path_is_unknown(tmp_path: Path, root: Any) -> None:
+    provenance = canonical_json({"identity": SPEC.to_dict(), "information": {"root": root}})
+    store = Store.open(make(tmp_path / "s.h5", provenance=provenance))
+    assert store.root is None and Index.build(store).search(0, 1).hits()[0].path is None
+
+
 @pytest.mark.parametrize("content_id", ["\x1b[2Jx\nforged", "A" * 64, "a" * 63, "a" * 64 + "\n"])
 def test_a_content_id_is_64_digits(tmp_path: Path, content_id: str) -> None:
     path = make(tmp_path / "s.h5", attributes={"content_id": content_id})
@@ -241,6 +248,13 @@ def test_what_is_made_here_is_a_store_when_nothing_is_replaced(tmp_path: Path) -
 def test_columns_that_no_store_has_are_found(tmp_path: Path, columns: Any, where: str, error: str) -> None:
     problems = verify(make(tmp_path / "s.h5", columns))
     assert [problem.where for problem in problems] == [where] and error in str(problems[0])
+
+
+def test_a_class_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    columns = {"labels": np.array([0, 0, 1], "<i4"), "label_names": np.array([b"a", b"a"])}
+    for read in (Store.summary, Store.class_counts):
+        with pytest.raises(StoreFormatError, match="a name twice"):
+            read(Store.open(make(tmp_path / "s.h5", columns)))
 
 
 def test_ids_are_compared_across_the_blocks_that_they_are_read_in(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,14 @@ def read_header(path: Path, attributes: Attributes) -> tuple[dict[str, Any], Emb
 def is_layer_name(name: str) -> bool:
     """Return whether a layer may have a name: printable, of 1 to 64 bytes, without a slash."""
     return 0 < len(name.encode()) <= MAX_LAYER_BYTES and "/" not in name and name.isprintable()
+
+
+def is_path(value: Any) -> TypeGuard[str]:
+    """Return whether a JSON value can be the path of a file, on this system or another."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_depth(value: Any) -> None:

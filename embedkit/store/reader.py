@@ -259,7 +259,10 @@ class Store:
     @cached_property
     def classes(self) -> list[str]:
         """Class names: code c of `labels` means ``classes[c]``. Empty when the store has no labels."""
-        return self._texts("label_names") if "labels" in self._datasets else []
+        names = self._texts("label_names") if "labels" in self._datasets else []
+        if len(set(names)) < len(names):
+            raise StoreFormatError(f"{self.path}: /label_names has a name twice; the file is damaged")
+        return names
 
     @cached_property
     def content_sha256(self) -> npt.NDArray[np.uint8]:
@@ -283,7 +286,7 @@ class Store:
     def root(self) -> Path | None:
         """The folder that the ids are relative to, as it was when the store was made; None when unknown."""
         root = self.information.get("root")
-        return Path(root) if isinstance(root, str) else None
+        return Path(root) if schema.is_path(root) else None
 
     @property
     def recipe(self) -> dict[str, Any]:

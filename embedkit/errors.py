@@ -86,7 +86,11 @@ class SpecMismatchError(EmbedkitError, ValueError):
 
     def __init__(self, message: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
         self.differences = dict(differences)
-        fields = "".join(f"\n  {name}: {left!r} != {right!r}" for name, (left, right) in self.differences.items())
+        fields = "".join(
+            # A name may come from a stranger's file, and must not begin another line.
+            f"\n  {name if name.isprintable() else repr(name)}: {left!r} != {right!r}"
+            for name, (left, right) in self.differences.items()
+        )
         super().__init__(f"{message}; these fields differ:{fields}")
 
     def __reduce__(self) -> tuple[Any, ...]:

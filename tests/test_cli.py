@@ -17,6 +17,8 @@ from click.testing import CliRunner, Result
 
 import embedkit as ek
 from embedkit.cli import main
+from embedkit.cli.printing import status_line
+from embedkit.store import StoreWriter
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -144,6 +146,50 @@ def test_info_counts_and_shows_how_to_read_the_file(store: Path) -> None:
     values = json.loads(run("info", store, "--json").stdout)
     assert (values["rows"], values["dim"], values["classes"]) == (24, 96, {"cat": 12, "dog": 12})
     assert values["digest"] == ek.Store.open(store).digest
+
+
+def test_what_a_file_says_is_printed_as_text(store: Path, tmp_path: Path) -> None:
+    spec = ek.EmbeddingSpec(
+        backbone="x\nforged", weights_sha256="\x1b[31m", dim=2, pool="\x1b[31m",
+        arch_kwargs={"\x1b]0;title\x07\nforged": 1},
+    )  # fmt: skip
+    with StoreWriter(tmp_path / "s.h5", spec, information={"created": "\x1b[2J", "root": "\nforged"}) as writer:
+        writer.append([[1, 2]], ["\x1b[31m\nforged"], labels=["\x1b[31m\nforged"])
+        writer.fail("failed\nforged", "\x1b[31m\nforged")
+        writer.finalise()
+    for result in [
+        run("info", tmp_path / "s.h5"),
+        run("info", tmp_path / "s.h5", "--json"),
+        run("search", tmp_path / "s.h5", "--id", "\x1b[31m\nforged"),
+        run("merge", store, tmp_path / "s.h5", "-o", tmp_path / "m.h5", code=1),
+        run("verify", tmp_path / "s.h5"),
+    ]:
+        assert "\x1b" not in result.output
+        assert not any(line.startswith("forged") for line in result.output.splitlines())
+    text = status_line(tmp_path / "s.h5", ek.store.Status("busy", 1, 2, 3, 4, "\x1b[31m", "\x1b[31m\nforged"))
+    assert text.isprintable() and "process 4" in text
+
+
+def test_verify_goes_on_behind_a_file_that_cannot_be_read(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.h5").write_text("hello")
+    result = run("verify", tmp_path / "missing.h5", tmp_path / "text.h5", store, tmp_path, code=1)
+    assert (
+        f"error: {tmp_path / 'missing.h5'} does not exist" in result.stderr and "is not an HDF5 file" in result.stdout
+    )
+    assert f"{store}: every byte is as it was written" in result.stdout
+    lines = run("verify", tmp_path / "missing.h5", store, "--json", code=1).stdout.splitlines()
+    assert [json.loads(line)["path"] for line in lines] == [str(store)]
+
+
+def test_quiet_leaves_warnings_and_nothing_else(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "p")
+    command = ["extract", tmp_path / "p", "-o", tmp_path / "s.h5", "-m", tiny_backbone]
+    assert "comparing the content" in (run(*command) and run(*command, "--checksum")).stderr
+    assert run(*command, "--checksum", "-q").stderr == ""
+    (tmp_path / "s.h5.parts").mkdir()
+    (tmp_path / "s.h5.parts" / "run.json").write_text("{")
+    assert run(*command, "-q", "--checksum").stderr.startswith("warning: ")
+    assert "comparing the content" in run(*command, "--checksum").stderr
 
 
 def test_search_prints_a_table_json_lines_or_paths(store: Path, photos: Path, tmp_path: Path) -> None:

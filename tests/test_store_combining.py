@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from click.testing import CliRunner
 
 from embedkit import EmbeddingSpec, EvaluationError, SpecMismatchError, Store, StoreExistsError, StoreFormatError
 from embedkit.cli import main
-from embedkit.store import StoreWriter, matching, verify
+from embedkit.store import StoreWriter, matching, named, verify
 
 SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=3)
 
@@ -46,7 +49,8 @@ def test_a_merge_is_the_store_of_all_the_images(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.h5", dict(zip("abcd", "abcd", strict=True)), labels=list("zxxy"))
     assert merged.content_id == whole.content_id and verify(merged.path) == []
     assert [failure.id for failure in merged.failures] == ["e", "f"]  # c was embedded elsewhere
-    assert merged.information["merged_from"] == [one.content_id, two.content_id] and merged.root == Path("/photos")
+    assert merged.information["merged_from"]["first"] == [one.content_id, two.content_id]
+    assert merged.information["merged_from"]["count"] == 2 and merged.root == Path("/photos")
 
 
 def test_merging_a_store_with_itself_or_alone_changes_nothing(tmp_path: Path) -> None:
@@ -104,7 +108,9 @@ def test_a_selection_holds_the_rows_and_says_where_they_come_from(tmp_path: Path
     assert np.array_equal(chosen.embeddings, store.embeddings[[0, 3]]) and chosen.spec == store.spec
     assert chosen.information["selected_from"] == store.content_id
     assert store.select(tmp_path / "3.h5", np.ones(4, dtype=bool)).content_id == store.content_id
-    assert len(store.select(tmp_path / "4.h5", [])) == 0
+    for nothing in ([], np.zeros(4, dtype=bool)):
+        with pytest.raises(EvaluationError, match=r"no row of .* is chosen; choose one of its 4 rows"):
+            store.select(tmp_path / "4.h5", nothing)
     with pytest.raises(IndexError):
         store.select(tmp_path / "5.h5", [4])
     with pytest.raises(StoreExistsError):
@@ -119,6 +125,76 @@ def test_patterns_choose_by_label_and_id(tmp_path: Path) -> None:
     for bad, message in [("label=cow", "its labels are cat, dog"), ("id=x*", "2023/a"), ("cat", "label=PATTERN")]:
         with pytest.raises(EvaluationError, match=message):
             matching(store, [bad])
+    with pytest.raises(EvaluationError, match=r"matches all of 'label=dog', 'id=2023/\*', though each alone"):
+        matching(store, ["label=dog", "id=2023/*"])
+    with pytest.raises(EvaluationError, match=r"no id is named; name some that .* has, such as"):
+        named(store, [])
+
+
+def test_images_of_unknown_content_are_not_called_different(tmp_path: Path) -> None:
+    def unhashed(name: str, label: str) -> Store:
+        with StoreWriter(tmp_path / name, SPEC) as writer:
+            writer.append(np.eye(3)[:1], ["a"], labels=[label])
+            writer.finalise()
+        return Store.open(tmp_path / name)
+
+    one, two = unhashed("1.h5", "x"), write(tmp_path / "2.h5", {"a": "a"}, labels=["x"])
+    for stores in ([one, two], [one, one]):
+        with pytest.raises(StoreExistsError, match=r"1 ids may stand for different images: there is no content hash"):
+            Store.merge(stores, tmp_path / "m.h5")
+    with pytest.raises(StoreExistsError, match="1 ids stand for different images or labels"):
+        Store.merge([one, unhashed("3.h5", "y")], tmp_path / "m.h5")
+    assert len(Store.merge([one, two], tmp_path / "m.h5", on_conflict="first")) == 1
+
+
+def test_thousands_of_stores_fit_into_the_provenance(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.h5", {"a": "a"})
+    merged = Store.merge([one] * 1100, tmp_path / "m.h5")
+    assert merged.content_id == one.content_id
+    assert merged.information["merged_from"]["count"] == 1100 and len(merged.information["merged_from"]["first"]) == 8
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[int], None]]:
+    """Return what lets this process open so many more files, and no more."""
+    resource = pytest.importorskip("resource")
+    if not os.path.isdir("/dev/fd"):
+        pytest.skip("nothing tells which files are open")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit(more: int) -> None:
+        gc.collect()
+        taken = {int(name) for name in os.listdir("/dev/fd")}
+        free = (number for number in itertools.count() if number not in taken)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, more, None)), hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_merge_needs_no_more_than_one_open_file_a_store(tmp_path: Path, limit_files: Callable[[int], None]) -> None:
+    ids = [f"{number:04}" for number in range(700)]
+    paths = [write(tmp_path / f"{k}.h5", {id: id for id in ids[k::70]}).path for k in range(70)]  # Rows take turns.
+    limit_files(100)
+    assert Store.merge(paths, tmp_path / "m.h5").ids == ids
+    limit_files(50)
+    with pytest.raises(OSError, match=r"only \d+ of 70 stores can be open at once here; raise the limit.*ulimit -n"):
+        Store.merge(paths, tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_what_is_copied_is_what_was_verified(tmp_path: Path) -> None:
+    store = write(tmp_path / "1.h5", {"a": "a", "b": "b"})
+    data = bytearray(store.path.read_bytes())
+    data[store.matrices[""].offset] ^= 1
+    (tmp_path / "damaged.h5").write_bytes(data)
+    damaged = Store.open(tmp_path / "damaged.h5")
+    os.replace(store.path, damaged.path)  # The name now stands for a sound store, the open file does not.
+    assert verify(damaged.path) == [] and verify(damaged) != []
+    with pytest.raises(StoreFormatError, match="rows 0:2"):
+        damaged.select(tmp_path / "m.h5", [0])
+    with pytest.raises(StoreFormatError, match="rows 0:2"):
+        Store.merge([damaged], tmp_path / "m.h5")
 
 
 def test_the_commands_merge_select_verify_and_tell_the_status(tmp_path: Path) -> None:

@@ -279,6 +279,22 @@ def test_an_interrupted_export_leaves_nothing_and_keeps_the_old_one(tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == listing
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_is_followed(tmp_path: Path, suffix: str, there: bool) -> None:
+    needs(suffix)
+    store, real, link = write(tmp_path / "s.h5", IDS), tmp_path / "real" / f"r{suffix}", tmp_path / f"s{suffix}"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    if there:
+        export(write(tmp_path / "few.h5", IDS[:2]), real)
+    written = export(store, link, overwrite=there)
+    assert link.is_symlink() and written[0] == real
+    assert sorted(real.parent.iterdir()) == sorted(written)
+    if suffix == ".npy":
+        assert np.load(link).shape == (5, 3)
+
+
 def test_an_unknown_suffix_lists_what_is_supported(tmp_path: Path) -> None:
     with pytest.raises(StoreFormatError, match=r"\.parquet, \.npy, \.safetensors, \.csv, \.lance"):
         export(write(tmp_path / "s.h5", IDS), tmp_path / "s.pkl")

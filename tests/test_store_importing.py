@@ -108,6 +108,22 @@ def test_ids_and_classes_that_are_not_utf8_come_back(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", OURS)
+@pytest.mark.parametrize("others", [[], ["a.jpg"]])
+def test_a_folder_called_like_a_drive_comes_back(tmp_path: Path, suffix: str, others: list[str]) -> None:
+    needs(suffix)
+    store = write(tmp_path / "s.h5", ["C:/1.jpg", "C:/2.jpg", *others])
+    found = bring(export(store, tmp_path / f"s{suffix}")[0], tmp_path)
+    assert found.ids == store.ids and found.content_id == store.content_id and found.root == store.root
+
+
+def test_an_altered_export_with_absolute_ids_is_refused(tmp_path: Path) -> None:
+    source = export(write(tmp_path / "s.h5", ["dir/a.jpg"]), tmp_path / "s.npy")[0]
+    notes = source.with_suffix(".json")
+    notes.write_text(notes.read_text().replace("dir/a.jpg", "/etc/passwd"))
+    refused(source, tmp_path, "row 0 has the id '/etc/passwd', which leads out of its folder")
+
+
+@pytest.mark.parametrize("suffix", OURS)
 def test_layers_are_left_out_with_a_warning(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
     needs(suffix)
     main = write(tmp_path / "main.h5", IDS)

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from embedkit import (
     Backbone,
     BackboneError,
+    ImageError,
     SpecMismatchError,
     Store,
     StoreBusyError,
@@ -24,7 +27,7 @@ from embedkit import (
     extract,
 )
 from embedkit.extraction import Progress
-from embedkit.store import Changes, verify
+from embedkit.store import Changes, Status, verify
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,17 @@ class Run:
         self.store = extract(root, output, backbone, batch_size=4, part_size=4, progress=seen.append, **options)  # type: ignore[arg-type]
         self.changes = seen[-1].changes
         self.computed = seen[-1].total - seen[0].kept
+
+
+def interrupted(root: Path, output: Path, backbone: Backbone, done: int, **options: object) -> None:
+    """Extract, and stop once so many images are computed; rows of at least one part are safe then."""
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done - progress.kept >= done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(root, output, backbone, batch_size=4, part_size=4, progress=interrupt, **options)  # type: ignore[arg-type]
 
 
 def spoil(path: Path) -> None:
@@ -83,7 +97,7 @@ def test_an_update_equals_a_fresh_extraction_and_a_merge(root: Path, backbone: B
     assert updated.store.content_id == fresh.store.content_id and verify(updated.store.path) == []
     assert np.array_equal(updated.store.images.mtimes_ns, fresh.store.images.mtimes_ns)
     # 3.jpg now holds what is known as dog/1.jpg, so it is kept by content like the moved and the copied one.
-    assert updated.changes == Changes(unchanged=21, moved=3, new=1, deleted=2) and updated.computed == 1
+    assert updated.changes == Changes(unchanged=21, moved=3, new=1, deleted=1) and updated.computed == 1
     parts = []
     for name in ("cat", "dog"):
         shutil.copytree(root / name, tmp_path / name / name)
@@ -134,17 +148,12 @@ def test_labels_follow_the_folders_without_computing(root: Path, backbone: Backb
     Run(root, tmp_path / "s.h5", backbone)
     (root / "dog").rename(root / "wolf")
     run = Run(root, tmp_path / "s.h5", backbone)
-    assert run.store.classes == ["cat", "wolf"] and run.computed == 0 and run.changes.moved == 12
+    assert run.store.classes == ["cat", "wolf"] and run.changes == Changes(unchanged=12, moved=12)
     assert run.store.content_id == Run(root, tmp_path / "fresh.h5", backbone).store.content_id
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(root: Path, backbone: Backbone, tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.done >= 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(root, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=interrupt)
+    interrupted(root, tmp_path / "s.h5", backbone, 8)
     assert not (tmp_path / "s.h5").exists()
     status = Store.status(tmp_path / "s.h5")
     assert (status.state, status.planned, status.rows) == ("unfinished", 24, None) and 8 <= status.committed < 24
@@ -169,12 +178,7 @@ def ids_in_parts(folder: Path) -> list[str]:
 def test_a_run_that_finds_other_images_than_planned_keeps_what_is_computed(
     root: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.done >= 12:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(root, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=interrupt)
+    interrupted(root, tmp_path / "s.h5", backbone, 12)
     (root / "cat" / "1.jpg").unlink()
     with (root / "dog" / "9.jpg").open("ab") as file:
         file.write(b"x")
@@ -190,12 +194,7 @@ def test_damaged_parts_are_set_aside_and_computed_again(
 ) -> None:
     whole = Run(root, tmp_path / "whole.h5", backbone)
 
-    def interrupt(progress: Progress) -> None:
-        if progress.done >= 12:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(root, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=interrupt)
+    interrupted(root, tmp_path / "s.h5", backbone, 12)
     part = min((tmp_path / "s.h5.parts").glob("part-*"))
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
@@ -207,12 +206,7 @@ def test_damaged_parts_are_set_aside_and_computed_again(
 
 @pytest.mark.parametrize("lost", ["run.json", "ids-"])
 def test_parts_survive_the_loss_of_the_plan(root: Path, backbone: Backbone, tmp_path: Path, lost: str) -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.done >= 12:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(root, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=interrupt)
+    interrupted(root, tmp_path / "s.h5", backbone, 12)
     for path in (tmp_path / "s.h5.parts").glob(f"{lost}*"):
         path.write_bytes(b"garbage")
     run = Run(root, tmp_path / "s.h5", backbone)
@@ -253,12 +247,7 @@ def test_another_backbone_is_refused_by_name_and_leaves_the_store(
 def test_another_backbone_does_not_finish_an_unfinished_run(
     root: Path, backbone: Backbone, tiny_backbone: Path, tmp_path: Path
 ) -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.done >= 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(root, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, progress=interrupt)
+    interrupted(root, tmp_path / "s.h5", backbone, 4)
     other = Backbone.load(tiny_backbone, pool="max")
     with pytest.raises(SpecMismatchError, match="unfinished run"):
         extract(root, tmp_path / "s.h5", other)
@@ -347,3 +336,186 @@ def test_every_token_is_kept_without_pooling(root: Path, tiny_backbone: Path, tm
     assert Store.open(store.path, layer="layer2:none").tokens.shape[:2] == (24, 64)
     with pytest.raises(BackboneError, match="has 5 feature levels, and none is number 9"):
         extract(root, tmp_path / "t.h5", backbone, layers=["9"])
+
+
+def test_a_moved_folder_and_moved_weights_are_followed(
+    root: Path, backbone: Backbone, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 12)
+    note = json.loads((tmp_path / "s.h5.parts" / "run.json").read_bytes())
+    moved = root.rename(tmp_path / "pictures")
+    resumed = Run(moved, tmp_path / "s.h5", backbone)
+    assert resumed.changes.resumed >= 8 and resumed.store.root == moved
+    assert (resumed.store.run_id, resumed.store.information["created"]) == (note["run_id"], note["created"])
+    moved = moved.rename(tmp_path / "pictures, again")
+    updated = Run(moved, tmp_path / "s.h5", backbone)
+    assert updated.changes == Changes(unchanged=24) and updated.computed == 0
+    assert updated.store.root == moved and updated.store.content_id == resumed.store.content_id
+    shutil.copytree(tiny_backbone.parent, tmp_path / "weights")
+    elsewhere = Backbone.load(tmp_path / "weights" / tiny_backbone.name)
+    assert Run(moved, tmp_path / "s.h5", elsewhere).store.recipe == elsewhere.recipe != updated.store.recipe
+
+
+def test_checksum_compares_what_an_unfinished_run_computed_too(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 12)
+    ids = ids_in_parts(tmp_path / "s.h5.parts")
+    target, other = root / ids[0], (root / "dog" / "9.jpg").read_bytes()
+    status = target.stat()
+    target.write_bytes(other[: status.st_size].ljust(status.st_size, b"\0"))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run = Run(root, tmp_path / "s.h5", backbone, checksum=True)
+    assert run.changes == Changes(resumed=len(ids) - 1, changed=1, new=24 - len(ids))
+    assert run.store.content_id == Run(root, tmp_path / "fresh.h5", backbone).store.content_id
+
+
+def stranger(photos: Path, folder: Path) -> Path:
+    """Make a folder of one picture that is in no other."""
+    folder.mkdir()
+    (folder / "x.jpg").write_bytes((photos / "cat" / "1.jpg").read_bytes() + b"x")
+    return folder
+
+
+def test_another_folder_does_not_throw_an_unfinished_run_away(
+    root: Path, photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 12)
+    parts = sorted((tmp_path / "s.h5.parts").glob("part-*"))
+    other = stranger(photos, tmp_path / "stranger")
+    with pytest.raises(
+        StoreExistsError, match=r"s\.h5\.parts holds \d+ rows of .*photos, and none.*remove that folder"
+    ):
+        extract(other, tmp_path / "s.h5", backbone)
+    (other / "cat").mkdir()
+    (other / "x.jpg").unlink()
+    (other / "cat" / "1.jpg").write_bytes(b"no image")  # Known by its id, and so no stranger.
+    with pytest.raises(ImageError, match="none of its 1 images could be read"):
+        extract(other, tmp_path / "s.h5", backbone)
+    assert sorted((tmp_path / "s.h5.parts").glob("part-*")) == parts
+    run = Run(root, tmp_path / "s.h5", backbone)
+    assert run.changes.resumed >= 8 and run.store.failures == []
+    assert run.store.content_id == Run(root, tmp_path / "fresh.h5", backbone).store.content_id
+
+
+def test_new_images_that_are_gone_again_do_not_stop_an_update(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    Run(root, tmp_path / "s.h5", backbone)
+    new = [root / "cat" / f"new {number}.jpg" for number in range(8)]
+    for number, path in enumerate(new):
+        path.write_bytes((root / "cat" / "1.jpg").read_bytes() + bytes([number]))
+    interrupted(root, tmp_path / "s.h5", backbone, 8)
+    assert ids_in_parts(tmp_path / "s.h5.parts")
+    for path in new:
+        path.unlink()
+    assert Run(root, tmp_path / "s.h5", backbone).changes == Changes(unchanged=24)
+    assert not (tmp_path / "s.h5.parts").exists()
+
+
+def test_an_update_in_which_every_image_changed_can_be_resumed(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    for path in list(root.rglob("*.jpg"))[1:]:
+        path.unlink()
+    Run(root, tmp_path / "s.h5", backbone)
+    with next(root.rglob("*.jpg")).open("ab") as file:
+        file.write(b"x")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.committed == progress.total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(root, tmp_path / "s.h5", backbone, progress=interrupt)
+    assert Run(root, tmp_path / "s.h5", backbone).changes == Changes(resumed=1)
+
+
+def test_an_unfinished_run_can_be_dropped_and_the_store_kept(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    Run(root, tmp_path / "s.h5", backbone)
+    interrupted(root, tmp_path / "s.h5", backbone, 8, layers=("avg",), overwrite=True)
+    with pytest.raises(
+        SpecMismatchError, match=r"remove that folder, which drops the unfinished run and keeps .*s\.h5"
+    ):
+        extract(root, tmp_path / "s.h5", backbone)
+    shutil.rmtree(tmp_path / "s.h5.parts")
+    assert Run(root, tmp_path / "s.h5", backbone).changes == Changes(unchanged=24)
+
+
+def byte_of_label(store: Store) -> int:
+    return store._datasets["labels"].offset + 2  # Now the code names no class.
+
+
+def byte_of_checksums(store: Store) -> int:
+    return store._datasets["checksums/embeddings"].offset
+
+
+def byte_of_gap(store: Store) -> int:
+    return store._datasets["label_names"].offset + store._datasets["label_names"].nbytes
+
+
+@pytest.mark.parametrize(("byte_of", "computed"), [(byte_of_label, 0), (byte_of_checksums, 24), (byte_of_gap, 0)])
+def test_repair_mends_what_is_no_embedding(
+    root: Path, backbone: Backbone, tmp_path: Path, byte_of: Callable[[Store], int], computed: int
+) -> None:
+    good = Run(root, tmp_path / "s.h5", backbone).store
+    data = bytearray((tmp_path / "s.h5").read_bytes())
+    data[byte_of(good)] ^= 0x40
+    (tmp_path / "s.h5").write_bytes(data)
+    assert verify(tmp_path / "s.h5")
+    repaired = Run(root, tmp_path / "s.h5", backbone, repair=True)
+    assert repaired.computed == computed and repaired.store.content_id == good.content_id
+    assert verify(tmp_path / "s.h5") == []
+
+
+def test_what_is_not_ours_in_the_folder_of_parts_stays(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 8)
+    foreign = tmp_path / "s.h5.parts" / "@eaDir"
+    foreign.mkdir()
+    (foreign / "part-000001.jpg").touch()
+    (foreign.parent / ".DS_Store").touch()
+    assert len(Run(root, tmp_path / "s.h5", backbone).store) == 24
+    assert sorted(os.listdir(foreign.parent)) == [".DS_Store", "@eaDir", "lock"]
+    assert Store.status(tmp_path / "s.h5") == Status("finished", 24)
+    assert Run(root, tmp_path / "s.h5", backbone).changes == Changes(unchanged=24)
+
+
+def test_overwrite_counts_after_a_kill_between_publishing_and_tidying_up(
+    root: Path, photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 8)
+    shutil.copytree(tmp_path / "s.h5.parts", tmp_path / "saved")
+    Run(root, tmp_path / "s.h5", backbone)
+    (tmp_path / "saved").rename(tmp_path / "s.h5.parts")
+    assert Store.status(tmp_path / "s.h5") == Status("finished", 24)
+    other = stranger(photos, tmp_path / "stranger")
+    assert Run(other, tmp_path / "s.h5", backbone, overwrite=True).store.ids == ["x.jpg"]
+
+
+def test_status_counts_what_is_done_and_what_is_left(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 16)
+    (root / "cat" / "new.jpg").write_bytes((root / "cat" / "1.jpg").read_bytes() + b"x")
+    interrupted(root, tmp_path / "s.h5", backbone, 4)  # It made another plan, for fewer images.
+    status = Store.status(tmp_path / "s.h5")
+    assert status.committed >= 12 and status.planned == 25 and status.state == "unfinished"
+    (tmp_path / "s.h5.parts" / "run.json").write_bytes(b"\xff\0")
+    lost = Store.status(tmp_path / "s.h5")
+    assert (lost.state, lost.committed, lost.planned) == ("unfinished", status.committed, status.committed)
+    with pytest.raises(StoreFormatError, match="is a folder, and a store is one file"):
+        Store.status(root)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"information": None}, {"layers": []}, {"identity": "x"}, {"run_id": 7}, {"plan": []},
+        {"plan": {"part_size": 0}}, {"plan": {"part_size": "4"}}, {"plan": {"batch_size": 0}}, {"plan": {"first": -5}},
+        {"plan": {"first": True}}, {"plan": {"count": None}}, {"plan": {"ids": 3}}, {"plan": {"ids_sha256": None}},
+    ],
+)  # fmt: skip
+def test_a_note_of_other_types_is_made_again(
+    root: Path, backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture, values: dict[str, Any]
+) -> None:
+    interrupted(root, tmp_path / "s.h5", backbone, 8)
+    path = tmp_path / "s.h5.parts" / "run.json"
+    note = json.loads(path.read_bytes())
+    plan = values.get("plan")
+    path.write_text(json.dumps(note | values | ({"plan": note["plan"] | plan} if isinstance(plan, dict) else {})))
+    committed = Store.status(tmp_path / "s.h5").committed
+    caplog.clear()
+    assert Run(root, tmp_path / "s.h5", backbone).changes == Changes(resumed=committed, new=24 - committed)
+    assert "run.json cannot be read and is made again" in caplog.text

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from typing import Any
 
 import click
 
 from embedkit import __version__
 from embedkit.cli.commands import extract, info, models, probe, search
-from embedkit.cli.printing import NoticeHandler
+from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
 from embedkit.errors import EmbedkitError
-from embedkit.text import printable
 
 
 class _Group(click.Group):
@@ -28,13 +26,12 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except EmbedkitError as error:
-            for line in f"error: {error}".splitlines():
-                click.echo(printable(line), err=True)
+            error_lines(error)
             ctx.exit(1)
         except OSError as error:
             if error.filename is None or error.errno == errno.EPIPE:
                 raise  # Not about a file that the user named.
-            click.echo(printable(f"error: {os.fsdecode(error.filename)}: {error.strerror}"), err=True)
+            error_lines(error)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted; a store appears only when it is whole, and what is computed is kept", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,12 @@ class _KeyValue(click.ParamType):  # type: ignore[type-arg]
             return key, json.loads(text)
         except ValueError:
             return key, text
+
+
+def _quiet(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        logging.getLogger("embedkit").setLevel(logging.WARNING)
+    return value
 
 
 def _img_size(ctx: click.Context, param: click.Parameter, value: tuple[int, ...] | None) -> Any:
@@ -108,7 +115,9 @@ device_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text for people.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists at the output.")
 layer_option = click.option("--layer", metavar="NAME", help="A layer of the store instead of its embeddings.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, callback=_quiet, help="No progress and no notices on standard error, only warnings."
+)
 
 
 def backbone_options(command: Command) -> Command:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from embedkit.errors import EmbedkitError
 from embedkit.spec import flat
 from embedkit.text import printable
 
@@ -33,6 +34,15 @@ def notice(line: str, quiet: bool = False) -> None:
     """Print one line for people on standard error, above a progress bar where there is one."""
     if not quiet:
         tqdm.write(printable(line), file=sys.stderr)
+
+
+def error_lines(error: EmbedkitError | OSError, path: Path | None = None) -> None:
+    """Print on standard error what went wrong; `path` is what an error of the system is about that names no file."""
+    text = str(error)
+    if not isinstance(error, EmbedkitError):
+        text = f"{os.fsdecode(error.filename or path or '')}: {error.strerror or error}"
+    for line in f"error: {text}".splitlines():
+        click.echo(printable(line), err=True)
 
 
 class NoticeHandler(logging.Handler):
@@ -150,7 +160,9 @@ def status_line(path: Path, status: Status) -> str:
     text = f"{printable(os.fspath(path))}: {status.state}"
     if status.state in ("busy", "unfinished"):
         text += f" ({status.committed:,} of {status.planned:,} images are safe"
-        text += f"; process {status.pid} on {printable(status.host or '')} since {status.since})" if status.pid else ")"
+        if status.pid:
+            text += f"; process {status.pid} on {printable(str(status.host))} since {printable(str(status.since))}"
+        text += ")"
     if status.rows is not None:
         text += f"; the store has {status.rows:,} rows"
     return text
@@ -166,14 +178,14 @@ def info_text(summary: dict[str, Any]) -> str:
         f"  backbone   {printable(name)}",
         f"  made       {printable(str(information.get('created', 'unknown')))}",
         f"  root       {printable(str(information.get('root', 'unknown')))}",
-        f"  digest     {summary['digest']}",
-        f"  content    {summary['content_id']}",
+        f"  digest     {printable(summary['digest'])}",
+        f"  content    {printable(summary['content_id'])}",
         *_class_lines(summary["classes"]),
         *(["  layers"] if summary["layers"] else []),
         *(f"    {dim:>9,}  {printable(name)}" for name, dim in summary["layers"].items()),
         *_failure_lines(summary["failures"]),
         "  spec",
-        *(f"    {field:<29}{printable(json.dumps(value))}" for field, value in flat(spec).items()),
+        *(f"    {printable(field):<29}{printable(json.dumps(value))}" for field, value in flat(spec).items()),
         "  read it without embedkit",
         "    import h5py",
         f"    file = h5py.File({printable(os.path.basename(summary['path']))!r}, 'r')",

@@ -12,6 +12,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.options import FILE, json_option, overwrite_option, quiet_option
+from embedkit.errors import EmbedkitError
 from embedkit.text import printable
 
 
@@ -38,15 +39,21 @@ def status(store: Path, as_json: bool) -> None:
 def verify(ctx: click.Context, /, stores: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
     """Compare every byte of each STORE with the checksums that were written with it.
 
-    Damaged embeddings are named by their rows; `embedkit extract --repair` computes exactly those again. The exit code
-    is 1 when anything is damaged.
+    Damaged embeddings are named by their rows; `embedkit extract --repair` computes exactly those again. What has no
+    damage must also be a store: its embeddings finite, its ids in order, its labels names of classes. The exit code is
+    1 when anything is damaged or cannot be read; the other stores are verified all the same.
     """
     from embedkit.store import verify as verify_store
 
     damaged = False
     for store in stores:
-        with printing.ByteBar(quiet) as bar:
-            problems = verify_store(store, progress=bar.update)
+        try:
+            with printing.ByteBar(quiet) as bar:
+                problems = verify_store(store, progress=bar.update)
+        except (EmbedkitError, OSError) as error:
+            printing.error_lines(error, store)
+            damaged = True
+            continue
         damaged = damaged or bool(problems)
         if as_json:
             click.echo(json.dumps({"path": os.fspath(store), "problems": [dataclasses.asdict(p) for p in problems]}))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone
-from embedkit.errors import EmbeddingShapeError, ImageError
+from embedkit.errors import EmbeddingShapeError, ImageError, StoreFormatError
 from embedkit.images import inside
 from embedkit.store import Store
 
@@ -158,11 +158,17 @@ class Index:
             When vectors have another width than the store.
         IndexError
             When a row does not exist.
+        StoreFormatError
+            When the store has embeddings that are not finite.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         vectors, single = self._embed(queries)
         scores, rows = self._faiss.search(_unit(vectors), min(k, len(self)))
+        if (rows < 0).any():  # So faiss says that it found fewer than it was asked for.
+            raise StoreFormatError(
+                f"{self.store.path} has embeddings that are not finite; find them with: embedkit verify"
+            )
         return SearchResult(scores, rows, self.store, single)
 
     def _embed(self, queries: Any) -> tuple[npt.NDArray[np.float32], bool]:

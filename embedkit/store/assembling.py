@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ class Gather:
         else:
             for source in np.unique(which).tolist():
                 chosen = which == source
-                out[chosen] = self.sources[source].map[rows[chosen]]
+                # A new map each time: one that stays keeps a file open, and there may be thousands of sources.
+                out[chosen] = replace(self.sources[source]).map[rows[chosen]]
 
     def _copy(self, source: Matrix, start: int, out: npt.NDArray[np.float32]) -> None:
         if source.dtype == self.dtype:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
+import errno
 import fnmatch
+import hashlib
 import os
 import re
 import uuid
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError, StoreExistsError, StoreFormatError
+from embedkit.spec import canonical_json
 from embedkit.store.assembling import Content, Gather, Header, publish
-from embedkit.store.locking import Lock, parts_folder
+from embedkit.store.locking import Lock, now, parts_folder
 from embedkit.store.plans import require_same_specs
 from embedkit.store.reader import Store
 from embedkit.store.tables import Failures, Images
@@ -24,6 +26,7 @@ from embedkit.store.verification import verify
 from embedkit.store.writer import refuse_existing
 
 ON_CONFLICT = ("error", "first", "newest")
+_FIRST = 8  # Of merged stores, these are named one by one: the provenance has no room for thousands.
 
 
 def merge(
@@ -67,6 +70,8 @@ def merge(
         When an id stands for different content and `on_conflict` is "error"; when `output` exists.
     StoreFormatError
         When a store is damaged.
+    OSError
+        When there are more stores than a process may have open files.
 
     Examples
     --------
@@ -79,10 +84,13 @@ def merge(
         raise ValueError("there is nothing to merge: name at least one store")
     target = Path(os.path.realpath(output))
     refuse_existing(target, overwrite)
-    opened = [store if isinstance(store, Store) else Store.open(store) for store in stores]
+    opened = _opened(stores)
     for store in opened[1:]:
         message = f"{opened[0].path} and {store.path} cannot be merged"
         require_same_specs(message, (opened[0].main_spec, opened[0].layers), (store.main_spec, store.layers))
+    ids = [store.content_id for store in opened]
+    merged = {"count": len(ids), "sha256": hashlib.sha256(canonical_json(ids).encode()).hexdigest()}
+    header = _header(opened[0], _inherited(opened) | {"merged_from": {**merged, "first": ids[:_FIRST]}})
     for store in opened:
         _require_whole(store, progress)
     classes = sorted({name for store in opened for name in store.classes}, key=os.fsencode)
@@ -95,9 +103,8 @@ def merge(
     failures = Failures.join([store.failed for store in opened])
     _, first = np.unique(failures.ids, return_index=True)
     failures = failures.take(first[~np.isin(failures.ids[first], images.ids)])
-    information = _inherited(opened) | {"merged_from": [store.content_id for store in opened]}
     content = _content(opened, images.take(chosen), failures, labels[chosen], classes, source[chosen], row[chosen])
-    return _publish(target, opened[0], information, content)
+    return _publish(target, header, content)
 
 
 def select(
@@ -130,6 +137,8 @@ def select(
 
     Raises
     ------
+    EvaluationError
+        When no row is chosen.
     IndexError
         When the store has no such row.
     StoreExistsError
@@ -145,14 +154,16 @@ def select(
     target = Path(os.path.realpath(output))
     refuse_existing(target, overwrite)
     every = np.arange(len(store))
-    chosen = np.unique(every[np.asarray(rows if len(rows) else [], dtype=None if len(rows) else np.int64)])
+    chosen = np.unique(every[np.asarray(rows)]) if len(rows) else every[:0]
+    if not len(chosen):
+        raise EvaluationError(f"no row of {store.path} is chosen; choose one of its {len(store):,} rows at least")
+    header = _header(store, _inherited([store]) | {"selected_from": store.content_id})
     _require_whole(store, progress)
     labels = _recoded(store, store.classes)[chosen]
-    information = _inherited([store]) | {"selected_from": store.content_id}
     content = _content(
         [store], store.images.take(chosen), Failures.empty(), labels, store.classes, np.zeros_like(chosen), chosen
     )
-    return _publish(target, store, information, content)
+    return _publish(target, header, content)
 
 
 def matching(store: Store, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -172,7 +183,7 @@ def matching(store: Store, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
     Raises
     ------
     EvaluationError
-        When a pattern has another form, or matches nothing.
+        When a pattern has another form, or no row matches it, or all of them.
     """
     chosen = np.ones(len(store), dtype=bool)
     for pattern in patterns:
@@ -189,6 +200,10 @@ def matching(store: Store, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
             some = f"its labels are {', '.join(store.classes[:10])}" if field == "label" else f"such as {store.ids[:1]}"
             raise EvaluationError(f"no row of {store.path} matches {pattern!r}; {some}")
         chosen &= found
+    if patterns and not chosen.any():
+        raise EvaluationError(
+            f"no row of {store.path} matches all of {', '.join(map(repr, patterns))}, though each alone"
+        )
     return chosen
 
 
@@ -198,9 +213,11 @@ def named(store: Store, ids: Iterable[str], *, all_of_them: bool = False) -> npt
     Raises
     ------
     EvaluationError
-        When the store has none of them, or, if `all_of_them`, lacks one.
+        When there are no ids, or the store has none of them, or, if `all_of_them`, lacks one.
     """
     wanted = list(ids)
+    if not wanted:
+        raise EvaluationError(f"no id is named; name some that {store.path} has, such as {store.ids[:1]}")
     there = {id: row for row, id in enumerate(store.ids)}
     missing = [id for id in wanted if id not in there]
     if len(missing) == len(wanted) or (all_of_them and missing):
@@ -213,8 +230,24 @@ def named(store: Store, ids: Iterable[str], *, all_of_them: bool = False) -> npt
     return chosen
 
 
+def _opened(stores: Sequence[Store | str | os.PathLike[str]]) -> list[Store]:
+    """Return the stores open, all at once: whatever takes a store's name meanwhile, what was verified is copied."""
+    opened: list[Store] = []
+    try:
+        for store in stores:
+            opened.append(store if isinstance(store, Store) else Store.open(store))
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            error.strerror = (
+                f"only {len(opened):,} of {len(stores):,} stores can be open at once here; raise the limit of open "
+                "files (ulimit -n), or merge some of them first"
+            )
+        raise
+    return opened
+
+
 def _require_whole(store: Store, progress: Callable[[int, int], None] | None) -> None:
-    for problem in verify(store.path, progress=progress):
+    for problem in verify(store, progress=progress):
         raise StoreFormatError(f"{store.path} is damaged and is not copied: {problem}; mend it with extract --repair")
 
 
@@ -236,18 +269,34 @@ def _choose(
     ids = images.ids[order]
     front = np.append(np.ones(min(1, len(ids)), dtype=bool), ids[1:] != ids[:-1])
     if on_conflict == "error":
-        left, right = order[:-1][~front[1:]], order[1:][~front[1:]]
-        known = images.content_sha256[left].any(axis=1)
-        same = (images.content_sha256[left] == images.content_sha256[right]).all(axis=1) & known
-        conflicts = np.flatnonzero(~(same & (labels[left] == labels[right])))
-        if len(conflicts):
-            one, other = left[conflicts[0]], right[conflicts[0]]
+        pairs = order[:-1][~front[1:]], order[1:][~front[1:]]
+        _require_no_conflict(stores, images, labels, source, *pairs)
+    return np.asarray(order[front])
+
+
+def _require_no_conflict(
+    stores: Sequence[Store],
+    images: Images,
+    labels: npt.NDArray[np.int32],
+    source: npt.NDArray[Any],
+    left: npt.NDArray[np.int64],
+    right: npt.NDArray[np.int64],
+) -> None:
+    """Raise when two rows of one id have different content or labels, or when that cannot be told."""
+    hashes = images.content_sha256
+    hashed = hashes[left].any(axis=1) & hashes[right].any(axis=1)
+    conflict = (labels[left] != labels[right]) | (hashed & (hashes[left] != hashes[right]).any(axis=1))
+    for wrong, what in (
+        (conflict, "stand for different images or labels"),
+        (~hashed, "may stand for different images: there is no content hash to tell"),
+    ):
+        if wrong.any():
+            one, other = left[wrong][0], right[wrong][0]
             raise StoreExistsError(
-                f"{len(conflicts):,} ids stand for different images or labels; the first is "
+                f"{int(wrong.sum()):,} ids {what}; the first is "
                 f"{os.fsdecode(bytes(images.ids[one]))!r} in {stores[source[one]].path} and "
                 f"{stores[source[other]].path}; choose with --on-conflict first or newest"
             )
-    return np.asarray(order[front])
 
 
 def _content(
@@ -273,9 +322,13 @@ def _inherited(stores: Sequence[Store]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if all(other.get(name) == value for other in others)}
 
 
-def _publish(target: Path, like: Store, information: Mapping[str, Any], content: Content) -> Store:
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    header = Header(like.main_spec, uuid.uuid4().hex, created, like.layers, information)
+def _header(like: Store, information: Mapping[str, Any]) -> Header:
+    header = Header(like.main_spec, uuid.uuid4().hex, now(), like.layers, information)
+    header.provenance()  # Too long? Better known before gigabytes are verified and copied.
+    return header
+
+
+def _publish(target: Path, header: Header, content: Content) -> Store:
     with Lock(parts_folder(target)) as lock:
         publish(target, lock.folder, header, content)
     return Store.open(target)

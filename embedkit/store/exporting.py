@@ -27,6 +27,18 @@ log = logging.getLogger("embedkit")
 
 Progress = Callable[[int, int], None]
 
+
+def silent(done: int, total: int) -> None:
+    """Take the progress and say nothing."""
+
+
+def ranges(count: int, row_bytes: int, rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row and the row behind the last of blocks of at most `rows` rows and about `most` bytes."""
+    rows = min(rows, max(1, most // row_bytes))
+    for start in range(0, count, rows):
+        yield start, min(start + rows, count)
+
+
 NPY_FORMAT = "embedkit-npy"
 _BLOCK_BYTES = 8 << 20
 # Parquet's readers take a row group at a time.
@@ -48,7 +60,8 @@ def export(
     ================ ===================================================================================
 
     Rows are streamed, and nothing has the output's name before it is complete. Images that failed are not exported. A
-    store opened with a layer is exported with that layer's embeddings alone.
+    store opened with a layer is exported with that layer's embeddings alone. Of an output that is a symbolic link, the
+    file that it leads to is written.
 
     Parameters
     ----------
@@ -63,7 +76,7 @@ def export(
     Returns
     -------
     list of Path
-        What was written: one file, or for ``.npy`` two.
+        What was written, links followed: one file, or for ``.npy`` two.
 
     Raises
     ------
@@ -91,7 +104,7 @@ def export(
     [[1.0, 0.0], [0.0, 1.0]]
     >>> folder.cleanup()
     """
-    target = Path(output)
+    target = Path(os.path.realpath(output) if os.path.islink(output) else output)
     try:
         write = _WRITERS[target.suffix.lower()]
     except KeyError:
@@ -105,7 +118,7 @@ def export(
             target, store.path, ", ".join(store.layers),
         )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
-    write(store, target, progress or _silent)
+    write(store, target, progress or silent)
     return targets
 
 
@@ -116,10 +129,6 @@ def optional(module: str, package: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(package, extra) from error
-
-
-def _silent(done: int, total: int) -> None:
-    """Take the progress and say nothing."""
 
 
 def _refuse(store: Store, path: Path, overwrite: bool) -> None:
@@ -166,17 +175,11 @@ def _labels(store: Store, start: int, stop: int) -> list[str | None]:
     return [store.classes[code] if code >= 0 else None for code in store.labels[start:stop].tolist()]
 
 
-def _ranges(total: int, row_bytes: int, most: int = _BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    rows = min(_GROUP_ROWS, max(1, most // row_bytes))
-    for start in range(0, total, rows):
-        yield start, min(start + rows, total)
-
-
 def _stream(matrices: Sequence[Matrix], dtype: npt.DTypeLike, progress: Progress) -> Iterator[npt.NDArray[Any]]:
     """Yield all rows of one matrix after the other."""
     done, total = 0, sum(map(len, matrices))
     for matrix in matrices:
-        for start, stop in _ranges(len(matrix), matrix.row_bytes):
+        for start, stop in ranges(len(matrix), matrix.row_bytes, _GROUP_ROWS, _BLOCK_BYTES):
             yield np.ascontiguousarray(matrix.read(start, stop), dtype=dtype)
             done += stop - start
             progress(done, total)
@@ -285,7 +288,7 @@ def _write_csv(store: Store, target: Path, progress: Progress) -> None:
         try:
             writer = csv.writer(text)
             writer.writerow(["id", "label", *(f"e{column}" for column in range(matrix.shape[1]))])
-            for start, stop in _ranges(len(matrix), matrix.row_bytes):
+            for start, stop in ranges(len(matrix), matrix.row_bytes, _GROUP_ROWS, _BLOCK_BYTES):
                 labels = _labels(store, start, stop)
                 block = matrix.read(start, stop).astype(np.float32)
                 for id, label, row in zip(store.ids[start:stop], labels, block, strict=True):
@@ -359,7 +362,8 @@ def arrow_schema(pyarrow: Any, store: Store, holder: str) -> Any:
 def arrow_batches(pyarrow: Any, store: Store, columns: Any, most: int, progress: Progress) -> Iterator[Any]:
     """Yield a store's rows as Arrow record batches of about `most` bytes."""
     matrices, images = _matrices(store), store.images
-    for start, stop in _ranges(len(store), 4 * sum(matrix.shape[1] for matrix in matrices.values()) + 256, most):
+    row_bytes = 4 * sum(matrix.shape[1] for matrix in matrices.values()) + 256
+    for start, stop in ranges(len(store), row_bytes, _GROUP_ROWS, most):
         hashes = pyarrow.py_buffer(np.ascontiguousarray(images.content_sha256[start:stop]).tobytes())
         arrays = [
             pyarrow.array(store.ids[start:stop], pyarrow.string()),

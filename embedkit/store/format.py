@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ MAX_PROVENANCE_BYTES = 60 * 1024  # An attribute holds 64 KiB.
 MAX_ID_BYTES = 4096
 MAX_ERROR_BYTES = 1000
 MAX_LAYERS = 32
+MAX_LAYER_BYTES = 64
+MAX_JSON_DEPTH = 64
 NO_HASH = "0" * 64
 
 Array = npt.NDArray[Any]
@@ -93,13 +96,49 @@ def read_header(path: Path, attributes: Attributes) -> tuple[dict[str, Any], Emb
         )
     try:
         provenance = json.loads(str(attributes["provenance"]))
+        _check_depth(provenance)
+        canonical_json(provenance)  # NaN and infinity are read, and would be an error of whoever writes them again.
         spec = EmbeddingSpec.from_dict(provenance["identity"])
         layers = {name: EmbeddingSpec.from_dict(values) for name, values in provenance.get("layers", {}).items()}
+        digest = spec.digest
+        wrong = [name for name in layers if not is_layer_name(name)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreFormatError(f"{path}: its provenance cannot be read: {error}") from error
-    if spec.digest != attributes.get("digest"):
+        reason = str(error) if str(error).isprintable() else repr(str(error))  # It may quote the file.
+        raise StoreFormatError(f"{path}: its provenance cannot be read: {reason}") from error
+    if wrong:
+        raise StoreFormatError(
+            f"{path} has the layer {wrong[0]!r}; layers have printable names of 1 to 64 bytes without a slash"
+        )
+    if digest != attributes.get("digest"):
         raise StoreFormatError(f"{path}: its digest does not match its own spec; the file was altered")
+    if not re.fullmatch("[0-9a-f]{64}", str(attributes.get("content_id"))):
+        raise StoreFormatError(f"{path}: its content_id is not 64 hexadecimal digits; the file was altered")
     return provenance, spec, layers
+
+
+def is_layer_name(name: str) -> bool:
+    """Return whether a layer may have a name: printable, of 1 to 64 bytes, without a slash."""
+    return 0 < len(name.encode()) <= MAX_LAYER_BYTES and "/" not in name and name.isprintable()
+
+
+def is_path(value: Any) -> TypeGuard[str]:
+    """Return whether a JSON value can be the path of a file, on this system or another."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ValueError for JSON so deep that whoever walks through it runs out of stack, here or later."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner for item in level if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]  # fmt: skip
+    if level:
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
 
 
 _TEXT = ("S",)

@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 
 UNDEFINED = (1 << 64) - 1
+# Far more than a store with every layer has, and little enough to read in a moment.
 MAX_OBJECTS = 256
-MAX_BLOCK_BYTES = 1 << 20
+MAX_MESSAGES = 1 << 14
+MAX_DEPTH = 3
+MAX_NAME_BYTES = 255
+MAX_METADATA_BYTES = 4 << 20
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _DATASPACE, _LINK_INFO, _DATATYPE, _EXTERNAL, _LINK, _LAYOUT = 0x01, 0x02, 0x03, 0x07, 0x06, 0x08
@@ -60,6 +64,10 @@ class Layout:
 def read_layout(read: Callable[[int, int], bytes], size: int, *, checksums: bool = False) -> Layout:
     """Read what a file says of itself.
 
+    Whatever the file says, no block is read twice, no more than 4 MiB of metadata are read in all, and no more than
+    16,384 messages. So time and memory are bounded for a file of any size: tens of megabytes and a fraction of a
+    second, with checksums a few seconds.
+
     Parameters
     ----------
     read : callable
@@ -84,6 +92,8 @@ class _Reader:
     def __init__(self, read: Callable[[int, int], bytes], size: int, checksums: bool) -> None:
         self.read, self.size, self.checksums = read, size, checksums
         self.blocks: list[tuple[int, int]] = []
+        self.starts: set[int] = set()
+        self.left, self.messages_left = MAX_METADATA_BYTES, MAX_MESSAGES
         self.headers: set[int] = set()
         self.datasets: dict[str, Dataset] = {}
 
@@ -101,8 +111,12 @@ class _Reader:
 
     def block(self, start: int, length: int, signature: bytes, checksum_at: int | None = None) -> bytes:
         """Return one metadata block; its checksum covers what stands before it, in a heap's block what follows too."""
-        if not 4 <= length <= MAX_BLOCK_BYTES or start + length > self.size:
+        if length < 4 or start + length > self.size:
             raise LayoutError(f"a metadata block at {start} of {length} bytes lies outside the file")
+        if start in self.starts:
+            raise LayoutError(f"the metadata block at {start} is in use twice")
+        self.starts.add(start)
+        self.take(length)
         data = self.read(start, length)
         if len(data) != length or data[:4] != signature:
             raise LayoutError(f"expected {signature!r} at byte {start}, found {data[:4]!r}")
@@ -115,6 +129,12 @@ class _Reader:
         end = length if checksum_at is None or signature == b"FHDB" else checksum_at + 4
         self.blocks.append((start, start + end))
         return data
+
+    def take(self, length: int) -> None:
+        """Account for metadata in memory."""
+        self.left -= length
+        if self.left < 0:
+            raise LayoutError(f"it has more than {MAX_METADATA_BYTES:,} bytes of metadata, stores have far fewer")
 
     def walk(self, address: int, path: str) -> dict[str, int | str]:
         """Read the object at an address and everything linked below it, and return its attributes."""
@@ -141,6 +161,8 @@ class _Reader:
                 parts[kind] = body
         if _LAYOUT in parts:
             self.datasets[path] = self.dataset(path, parts, attributes)
+        if links and path.count("/") >= MAX_DEPTH - 1:
+            raise LayoutError(f"its groups lie more than {MAX_DEPTH} deep")
         for name, target in links:
             self.walk(target, f"{path}/{name}" if path else name)
         return attributes
@@ -164,9 +186,10 @@ class _Reader:
                 at += head + size
                 if at > len(data) - 4 or shared & 2:
                     raise LayoutError(f"a message of the object header at byte {address} is damaged or shared")
+                self.messages_left -= 1
+                if self.messages_left < 0:
+                    raise LayoutError(f"its object headers have more than {MAX_MESSAGES:,} messages")
                 if kind == _CONTINUATION:
-                    if len(self.blocks) > 4 * MAX_OBJECTS:
-                        raise LayoutError("its object headers do not end")
                     start, size = struct.unpack("<QQ", body)
                     pending.append((self.block(start, size, b"OCHK"), 4))
                 else:
@@ -192,7 +215,7 @@ class _Reader:
         heap, offset_width, length_width = self.heap(heap_at)
         header = self.block(index_at, 38, b"BTHD")
         kind, node_size, record_size, depth, _, _, root, count = struct.unpack_from("<BIHHBBQH", header, 5)
-        if kind != _LINK_NAME_INDEX or depth != 0 or count * record_size + 10 > node_size:
+        if kind != _LINK_NAME_INDEX or depth != 0 or count > MAX_OBJECTS or count * record_size + 10 > node_size:
             raise LayoutError("a group has more links than stores have")
         leaf = self.block(root, node_size, b"BTLF", 6 + count * record_size)
         for number in range(count):
@@ -226,7 +249,11 @@ class _Reader:
         heap = b""
         for number, child in enumerate(children):
             length = first << max(0, number // width - 1)
-            heap += bytes(length) if child == UNDEFINED else self.block(child, length, b"FHDB", checksum_at)
+            if child == UNDEFINED:
+                self.take(length)
+                heap += bytes(length)
+            else:
+                heap += self.block(child, length, b"FHDB", checksum_at)
         return heap, offset_width, length_width
 
     def free_space(self, address: int) -> None:
@@ -246,7 +273,10 @@ def _link(body: bytes) -> tuple[str, int]:
     width = 1 << (flags & 3)
     length = int.from_bytes(body[at : at + width], "little")
     at += width
-    return body[at : at + length].decode("utf-8"), struct.unpack_from("<Q", body, at + length)[0]
+    name = body[at : at + length].decode("utf-8")
+    if not 0 < length <= MAX_NAME_BYTES or "/" in name or not name.isprintable():
+        raise LayoutError(f"it has links with names that stores do not have, such as {name[:64]!r}")
+    return name, struct.unpack_from("<Q", body, at + length)[0]
 
 
 def _shape(body: bytes) -> tuple[int, ...]:

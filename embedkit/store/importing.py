@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedkit.errors import StoreExistsError, StoreFormatError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store.assembling import Header
-from embedkit.store.exporting import Progress
+from embedkit.store.exporting import Progress, silent
 from embedkit.store.format import MAX_ID_BYTES
 from embedkit.store.reader import Store
 from embedkit.store.sources import Source, open_source
@@ -106,7 +106,7 @@ def import_embeddings(
         ids, root = _checked_ids(found)
         _check_columns(found)
         unnamed = found.provenance is None and not name
-        report, total = progress or _silent, len(ids) * (2 if unnamed else 1)
+        report, total = progress or silent, len(ids) * (2 if unnamed else 1)
         if found.provenance is not None:
             spec, information = _restored(found, name)
         else:
@@ -129,10 +129,6 @@ def import_embeddings(
                 )
             writer.finalise()
     return Store.open(target)
-
-
-def _silent(done: int, total: int) -> None:
-    """Take the progress and say nothing."""
 
 
 def _restored(source: Source, name: str | None) -> tuple[EmbeddingSpec, dict[str, Any]]:
@@ -193,7 +189,8 @@ def _checked_ids(source: Source) -> tuple[list[str], str | None]:
     if len(source.ids) != source.vectors.count:
         raise StoreFormatError(f"{source.path} has {source.vectors.count} rows, and {len(source.ids)} names for them")
     ids = [_checked(source, row, id) for row, id in enumerate(source.ids)]
-    ids, root = _relative(source, ids)
+    # The ids of a store are relative as they are, even below a folder that is called "C:".
+    ids, root = (ids, None) if source.provenance is not None else _relative(source, ids)
     first: dict[bytes, int] = {}
     for row, id in enumerate(ids):
         before = first.setdefault(os.fsencode(id), row)
@@ -207,8 +204,8 @@ def _checked(source: Source, row: int, id: str | None) -> str:
     if not id:
         raise StoreFormatError(f"{where} has no id")
     _check_text(where, id)
-    # Whoever joins the id and a folder must stay in that folder.
-    if ".." in re.split(r"[/\\]", id):
+    # Whoever joins the id and a folder must stay in that folder; absolute ids of others become relative to theirs.
+    if ".." in re.split(r"[/\\]", id) or (source.provenance is not None and id.startswith("/")):
         raise StoreFormatError(f"{where} has the id {id!r}, which leads out of its folder")
     return id
 

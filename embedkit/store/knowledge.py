@@ -35,8 +35,6 @@ class Known:
         Whether it could not be read.
     source, row : int64 (m,)
         Where the entry stands: a row of ``sources[source]``, of its images or of its failures.
-    base_rows : int
-        Rows of the store that is updated, before anything else was known.
     """
 
     sources: Sequence[Store | Part]
@@ -47,7 +45,6 @@ class Known:
     failed: Array
     source: Rows
     row: Rows
-    base_rows: int
 
     def images(self, entries: Rows) -> Images:
         """Return the columns of some entries, none of which failed."""
@@ -88,7 +85,6 @@ def gather_known(base: Store | None, parts: Iterable[Part]) -> Known:
         failed=number[chosen] % 2 == 1,
         source=number[chosen] // 2,
         row=np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(length) for length in lengths)])[chosen],
-        base_rows=0 if base is None else len(base),
     )
 
 
@@ -133,10 +129,14 @@ def same_content(
 
 @dataclass(frozen=True)
 class Damage:
-    """Which rows of the store that is updated must be computed again, and whether its times can be trusted."""
+    """Which rows of the store that is updated must be computed again, and whether its times can be trusted.
+
+    `found` says whether there was any, if only in what needs nothing but to be written again.
+    """
 
     rows: npt.NDArray[np.bool_] | None = None
     times: bool = False
+    found: bool = False
 
     def masks(self, known: Known) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Return for each entry whether its row may be kept, and whether its size and time say anything."""
@@ -148,10 +148,15 @@ class Damage:
         return usable, timely
 
 
+# What is not copied from the store but made anew. So are checksums, and the rows of a damaged one are named themselves.
+_REWRITTEN = ("labels", "label_names", "gap")
+
+
 def find_damage(base: Store) -> Damage:
     """Verify a store, and tell damage that can be repaired from damage that cannot."""
     rows, times = np.zeros(len(base), dtype=bool), False
-    for problem in verify(base.path):
+    problems = verify(base)
+    for problem in problems:
         log.warning("damaged: %s", problem)
         if problem.rows is not None:
             rows[slice(*problem.rows)] = True
@@ -159,6 +164,6 @@ def find_damage(base: Store) -> Damage:
             rows[:] = True
         elif problem.where in ("sizes", "mtimes_ns") or problem.where.startswith("failures/"):
             times = True
-        elif problem.where not in ("labels", "label_names"):
+        elif problem.where not in _REWRITTEN and not problem.where.startswith("checksums/"):
             raise StoreFormatError(f"{base.path} cannot be repaired, only replaced with --overwrite: {problem}")
-    return Damage(rows, times)
+    return Damage(rows, times, bool(problems))

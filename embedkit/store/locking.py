@@ -37,7 +37,7 @@ class Lock:
     """Holds ``FOLDER/lock`` while it is entered.
 
     The folder is made, files that a killed holder left in the making are removed from it, and it goes with the lock
-    when it is empty.
+    when nothing else is in it.
 
     Raises
     ------
@@ -74,16 +74,17 @@ class Lock:
         if not _lock(handle, exclusive=True) or not self._is_current(handle):
             os.close(handle)
             return False
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
         try:
             os.ftruncate(handle, 0)
             write_all(handle, json.dumps(note).encode())
+            for leftover in self.folder.glob(f"{ASIDE}*"):
+                if leftover.is_file():
+                    leftover.unlink()
         except BaseException:
             os.close(handle)
             raise
         self._handle = handle
-        for leftover in self.folder.glob(f"{ASIDE}*"):
-            leftover.unlink()
         return True
 
     def _is_current(self, handle: int) -> bool:
@@ -96,15 +97,20 @@ class Lock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.listdir(self.folder) == ["lock"]:
-            if os.name == "nt":
-                os.close(self._handle)  # Windows removes no open file.
-                self._handle = -1
-            self.path.unlink()
-            self.folder.rmdir()
-            sync_folder(self.folder.parent)
-        if self._handle >= 0:
-            os.close(self._handle)
+        try:
+            if os.listdir(self.folder) == ["lock"]:
+                if os.name == "nt":
+                    self._close()  # Windows removes no open file.
+                self.path.unlink()
+                self.folder.rmdir()
+                sync_folder(self.folder.parent)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
 
 def holder(folder: Path) -> Holder | None:
@@ -143,5 +149,6 @@ def _lock(handle: int, *, exclusive: bool) -> bool:
     return True
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time in UTC, as stores and locks write it down."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

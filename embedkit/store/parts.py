@@ -87,6 +87,12 @@ def _encode(sequence: int, digest: str, run_id: str, rows: Rows) -> memoryview:
     return file.data
 
 
+def part_number(name: str) -> int | None:
+    """Return the number of the part that a file of that name is; None when it is none."""
+    named = _NAME.fullmatch(name)
+    return None if named is None else int(named[1])
+
+
 def read_parts(folder: Path, digest: str, known: Mapping[str, Part] | None = None) -> dict[str, Part]:
     """Return the whole parts in a folder by file name, in the order of their numbers.
 

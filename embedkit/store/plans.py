@@ -73,18 +73,36 @@ def require_same_specs(message: str, left: Specs, right: Specs) -> None:
 def read_note(folder: Path) -> dict[str, Any] | None:
     """Return what an unfinished run says of itself; None where there is none, or none that can be read."""
     path = folder / NOTE
-    if not path.exists():
-        return None
     try:
         note = json.loads(path.read_bytes())
         if note["format"] != RUN_FORMAT or note["schema_version"] != schema.SCHEMA_VERSION:
             raise ValueError(f"it is {note['format']!r}, schema {note['schema_version']}")
-        for name in ("run_id", "digest", "identity", "layers", "created", "information", "plan"):
-            note[name]
+        _check_note(note)
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be read and is made again; whole parts are still used: %s", path, error)
         return None
     return dict(note)
+
+
+_FIELDS = {
+    "run_id": str, "created": str, "digest": str, "identity": dict, "layers": dict, "information": dict, "plan": dict,
+}  # fmt: skip
+_PLAN_FIELDS = {"first": int, "part_size": int, "batch_size": int, "count": int, "ids": str, "ids_sha256": str}
+
+
+def _check_note(note: Mapping[str, Any]) -> None:
+    for fields, values in ((_FIELDS, note), (_PLAN_FIELDS, note["plan"])):
+        for name, kind in fields.items():
+            if type(values[name]) is not kind:
+                raise ValueError(f"its {name} is {values[name]!r}, expected {kind.__name__}")
+    plan = note["plan"]
+    if min(plan["first"], plan["count"]) < 0 or min(plan["part_size"], plan["batch_size"]) < 1:
+        raise ValueError(
+            f"its plan begins at {plan['first']} and has {plan['count']} images in parts of "
+            f"{plan['part_size']} and batches of {plan['batch_size']}"
+        )
 
 
 def read_plan(folder: Path, note: Mapping[str, Any]) -> Plan:
@@ -95,7 +113,7 @@ def read_plan(folder: Path, note: Mapping[str, Any]) -> Plan:
         if hashlib.sha256(ids).hexdigest() != values["ids_sha256"]:
             raise ValueError("its ids do not match their hash")
         return Plan(values["first"], values["part_size"], values["batch_size"], np.array(ids.split(b"\0")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         log.warning("the plan in %s is lost and made again; whole parts are still used: %s", folder, error)
         return NO_PLAN
 

@@ -102,7 +102,7 @@ class Store:
             ) from error
         store._datasets = layout.datasets
         store.provenance, store.spec, store.layers = schema.read_header(store.path, layout.attributes)
-        store.content_id = str(layout.attributes.get("content_id"))
+        store.content_id = str(layout.attributes["content_id"])
         store.run_id = str(layout.attributes.get("run_id"))
         schema.check_columns(store.path, layout.datasets, store.spec, store.layers)
         store._choose(layer)
@@ -264,7 +264,10 @@ class Store:
     @cached_property
     def classes(self) -> list[str]:
         """Class names: code c of `labels` means ``classes[c]``. Empty when the store has no labels."""
-        return self._texts("label_names") if "labels" in self._datasets else []
+        names = self._texts("label_names") if "labels" in self._datasets else []
+        if len(set(names)) < len(names):
+            raise StoreFormatError(f"{self.path}: /label_names has a name twice; the file is damaged")
+        return names
 
     @cached_property
     def content_sha256(self) -> npt.NDArray[np.uint8]:
@@ -288,7 +291,7 @@ class Store:
     def root(self) -> Path | None:
         """The folder that the ids are relative to, as it was when the store was made; None when unknown."""
         root = self.information.get("root")
-        return Path(root) if isinstance(root, str) else None
+        return Path(root) if schema.is_path(root) else None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -408,15 +411,8 @@ class Store:
     def to_pandas(self, *, embeddings: bool = False) -> pandas.DataFrame:
         """Return a data frame indexed by id: label, size, modification time and content hash of every row.
 
-        Parameters
-        ----------
-        embeddings : bool, default False
-            Whether there is a column for each dimension too, ``e0`` to ``e{d-1}``.
-
-        Raises
-        ------
-        MissingExtraError
-            When pandas is not installed: ``pip install 'embedkit[pandas]'``.
+        With `embeddings`, there is a column for each dimension too, ``e0`` to ``e{d-1}``. Raises `MissingExtraError`
+        when pandas is not installed: ``pip install 'embedkit[pandas]'``.
         """
         from embedkit.store.frames import to_pandas
 

@@ -7,9 +7,9 @@ cut into parts), the list of ids, and the parts themselves. ``docs/store-format.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -26,14 +26,17 @@ from embedkit.store import durable
 from embedkit.store import format as schema
 from embedkit.store.assembling import Header, publish
 from embedkit.store.knowledge import Damage, Known, at, find_damage, gather_known, same_content, unchanged
-from embedkit.store.locking import Lock, parts_folder
-from embedkit.store.parts import Part, Rows, read_parts, write_part
+from embedkit.store.locking import Lock, now, parts_folder
+from embedkit.store.parts import Part, Rows, part_number, read_parts, write_part
 from embedkit.store.plans import NO_PLAN, NOTE, Plan, read_note, read_plan, require_same_specs, run_digest, write_note
 from embedkit.store.reader import Store
 from embedkit.store.tables import Inventory, lookup
-from embedkit.store.updates import Changes, Update, content_of, is_same
+from embedkit.store.updates import Update, changes_of, content_of, is_same
 from embedkit.store.verification import verify
 from embedkit.store.writer import refuse_existing
+
+# What a run leaves in its folder. Whatever else lies there, such as a NAS's @eaDir, is not ours to remove.
+_OURS = re.compile(r"part-\d{6,}\.[0-9a-f]{16}\.h5(\.bad)?|ids-\d{6,}-[0-9a-f]{16}|run\.json")
 
 log = logging.getLogger("embedkit")
 
@@ -79,13 +82,13 @@ class Run:
         self.path = Path(os.path.realpath(path))
         self.folder = parts_folder(self.path)
         refuse_existing(self.path, overwrite=True)
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.header = Header(spec, uuid.uuid4().hex, created, dict(layers or {}), dict(information or {}))
+        self.header = Header(spec, uuid.uuid4().hex, now(), dict(layers or {}), dict(information or {}))
         self.base: Store | None = None
         self.parts: dict[str, Part] = {}
         self.plan = NO_PLAN
         self._overwrite, self._repair = overwrite, repair
         self._damage = Damage()
+        self._begun_on: str | None = None  # The folder of images that the unfinished run says that it read.
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -105,12 +108,12 @@ class Run:
     def _recover(self) -> None:
         """Find what an earlier run left: nothing, parts to go on with, or a published store that was not tidied up."""
         durable.sync_folder(self.folder)  # An earlier run may have been killed before it could.
-        note = read_note(self.folder)
+        note, replaced = read_note(self.folder), False
         if note is not None and published_run(self.path) == note["run_id"]:
-            self._overwrite = self._overwrite and note["digest"] != self.digest  # It has been done.
+            replaced = note["digest"] == self.digest  # What was to be overwritten, if this is the same command.
             self._tidy()
             note = None
-        if self.path.exists() and not self._overwrite:
+        if self.path.exists() and (replaced or not self._overwrite):
             self.base = Store.open(self.path)
             require_same_specs(
                 f"{self.path} was made otherwise; choose another name, or replace it with --overwrite",
@@ -129,13 +132,18 @@ class Run:
                 self._tidy()
                 return
             specs = {name: EmbeddingSpec.from_dict(values) for name, values in note["layers"].items()}
+            drop = "drop it with --overwrite"
+            if self.base is not None:
+                drop = f"remove that folder, which drops the unfinished run and keeps {self.path}"
             require_same_specs(
-                f"{self.folder} holds an unfinished run that was begun otherwise; finish it as it was begun, or drop "
-                "it with --overwrite",
+                f"{self.folder} holds an unfinished run that was begun otherwise; finish it as it was begun, or {drop}",
                 (EmbeddingSpec.from_dict(note["identity"]), specs), (self.header.spec, self.header.layers),
             )  # fmt: skip
+        self._begun_on = note["information"].get("root")
+        # Images and weights may have moved since, so this run knows better where they are.
+        information = {**note["information"], **self.header.information}
         self.header = dataclasses.replace(
-            self.header, run_id=note["run_id"], created=note["created"], information=note["information"]
+            self.header, run_id=note["run_id"], created=note["created"], information=information
         )
         self.plan = read_plan(self.folder, note)
 
@@ -143,6 +151,10 @@ class Run:
     def digest(self) -> str:
         """What every part must have been made with: the digest of all specs."""
         return run_digest(self.header.spec, self.header.layers)
+
+    @property
+    def _row_bytes(self) -> int:
+        return 4 * sum(spec.dim for spec in (self.header.spec, *self.header.layers.values()))
 
     def prepare(
         self,
@@ -174,31 +186,17 @@ class Run:
         known = gather_known(self.base, self.parts.values())
         usable, timely = self._damage.masks(known)
         entry, settled = unchanged(known, inventory, retry_failed=retry_failed)
-        found = entry >= 0
-        computed = found & (at(known.source, entry) >= (self.base is not None))  # By this run, when it was begun.
-        settled &= at(usable, entry) & (computed | (at(timely, entry) & (not checksum)))
+        settled &= at(usable & timely, entry) & (not checksum)
         pending = self._pending()
         waiting = lookup(pending, inventory.ids) >= 0
         kept = self._same_content(known, usable, inventory, entry, ~settled & ~waiting, hashes, any_size=checksum)
         missing = ~settled
         missing[list(kept)] = False
-        self._refuse_a_stranger(inventory, known, entry, kept)
+        self._refuse_a_stranger(inventory, known, kept)
         plan, todo = self._plan_for(inventory.ids[missing], pending, part_size, batch_size)
         self._warn_about_space(int(missing.sum()), len(inventory))
-        own = np.array([entry[image] == same for image, same in kept.items()], dtype=bool)
-        failed = found & at(known.failed, entry)
-        base_ids = self.base.images.ids if self.base is not None else inventory.ids[:0]
-        changes = Changes(
-            unchanged=int((settled & ~computed).sum() + own.sum()),
-            resumed=int((settled & computed).sum()),
-            moved=int((~own).sum()),
-            new=int((missing & ~found).sum()),
-            changed=int((missing & found & ~failed & at(usable, entry)).sum()),
-            retried=int((missing & failed).sum()),
-            repaired=int((missing & found & ~failed & ~at(usable, entry)).sum()),
-            deleted=int((lookup(inventory.ids, base_ids) < 0).sum()),
-        )
-        failures = known.failures(entry[settled & failed])
+        changes = changes_of(self.base, known, inventory, entry, usable, settled, kept)
+        failures = known.failures(entry[settled & at(known.failed, entry)])
         reasons = zip(schema.decode_texts(failures.ids), schema.decode_texts(failures.errors), strict=True)
         return Update(inventory, known, kept, plan, todo, list(reasons), changes)
 
@@ -238,17 +236,26 @@ class Run:
             return {}
         return same_content(known, usable, entry, hashes(np.flatnonzero(likely).tolist()))
 
-    def _refuse_a_stranger(
-        self, inventory: Inventory, known: Known, entry: npt.NDArray[np.int64], kept: Mapping[int, int]
-    ) -> None:
-        """Raise when an update would drop every row there is: that is another folder, not a new state of this one."""
-        if self.base is None or not len(self.base):
+    def _refuse_a_stranger(self, inventory: Inventory, known: Known, kept: Mapping[int, int]) -> None:
+        """Raise when every row there is would be dropped: that is another folder, not a new state of this one."""
+        if self._overwrite:
             return
-        of_base = at(known.source, entry) == 0
-        if not (of_base & (entry >= 0) & ~at(known.failed, entry)).any() and not kept:
+        base = self.base
+        if base is not None and len(base) and not kept and not (lookup(inventory.ids, base.images.ids) >= 0).any():
             raise StoreExistsError(
-                f"{self.path} holds {len(self.base):,} images of {self.base.root or 'another folder'}, and none of "
+                f"{self.path} holds {len(base):,} images of {base.root or 'another folder'}, and none of "
                 "them is among these; choose another name, or replace it with --overwrite"
+            )
+        if base is not None and self._begun_on == self.header.information.get("root"):
+            return  # An update of this folder, whose new images are gone again.
+        used = lookup(inventory.ids, known.ids) >= 0
+        used[list(kept.values())] = True
+        computed = ~known.failed & (known.source >= (base is not None))
+        if computed.any() and not (used & computed).any():
+            raise StoreExistsError(
+                f"the unfinished run in {self.folder} holds {int(computed.sum()):,} rows of "
+                f"{self._begun_on or 'another folder'}, and none of them is among these; choose another name, or "
+                "remove that folder to drop them"
             )
 
     def _plan_for(
@@ -265,8 +272,7 @@ class Run:
         return self.plan, [number for number in self.plan.parts if number not in written]
 
     def _warn_about_space(self, missing: int, total: int) -> None:
-        width = 4 * sum(spec.dim for spec in (self.header.spec, *self.header.layers.values()))
-        needed, free = (missing + total) * width if missing else 0, durable.free_bytes(self.folder)
+        needed, free = (missing + total) * self._row_bytes if missing else 0, durable.free_bytes(self.folder)
         if needed > free:
             log.warning(
                 "%s needs about %s until it is finished, and %s are free; when the disk is full the run "
@@ -294,12 +300,11 @@ class Run:
         # In the order of before, so that what was decided about sources still holds.
         sources = [source for source in update.known.sources if isinstance(source, Part)]
         content = content_of(self.header, update, gather_known(self.base, [*sources, *new]))
-        changed = self.base is None or not is_same(self.base, content)
+        changed = self.base is None or self._damage.found or not is_same(self.base, self.header, content)
         if changed:
-            width = 4 * sum(spec.dim for spec in (self.header.spec, *self.header.layers.values()))
-            _say_when_long("writing the store", len(content.images) * width)
+            _say_when_long("writing the store", len(content.images) * self._row_bytes)
             if self.base is not None and not self._repair:
-                for problem in verify(self.base.path):
+                for problem in verify(self.base):
                     raise StoreFormatError(
                         f"{self.path} is damaged and cannot be copied as it is: {problem}; what was computed is kept, "
                         "run the same command with --repair"
@@ -309,13 +314,17 @@ class Run:
         return changed
 
     def abandon(self) -> None:
-        """Remove what the run computed."""
-        self._tidy()
+        """Remove what this run computed; what an earlier one left is not known to be worthless."""
+        if not self.parts:
+            self._tidy()
+        for path in self.folder.glob("part-*"):
+            if path.name not in self.parts and part_number(path.name) is not None:
+                path.unlink()
 
     def _tidy(self) -> None:
         """Remove what a run leaves once its store is published; the note last, for it says that this may be done."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == NOTE):
-            if path.name != "lock":
+            if _OURS.fullmatch(path.name):
                 path.unlink()
         durable.sync_folder(self.folder)
         self.parts, self.plan = {}, NO_PLAN

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from embedkit.errors import StoreNotFoundError
+from embedkit.errors import StoreFormatError, StoreNotFoundError
 from embedkit.store.hdf5 import LayoutError, read_layout
 from embedkit.store.locking import holder, parts_folder
 from embedkit.store.matrix import ReadOnlyFile
+from embedkit.store.parts import part_number
 from embedkit.store.plans import read_note
 from embedkit.store.reader import Store
 
@@ -25,7 +28,7 @@ class Status:
     rows : int, optional
         Of the finished store, where there is one: an unfinished run may be updating it.
     committed, planned : int
-        Images that the run has settled durably, and those it set out to.
+        Images that the run has settled durably, and those together with what it has still to do.
     pid, host, since : int, str, str, optional
         The process that is writing.
     """
@@ -48,20 +51,32 @@ def find_status(path: str | os.PathLike[str]) -> Status:
         When something is there that is not a store.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise StoreFormatError(f"{path} is a folder, and a store is one file; name that file, such as {path}.h5")
     folder = parts_folder(target)
     try:
-        rows: int | None = len(Store.open(target))
+        store = Store.open(target)
     except StoreNotFoundError:
-        rows = None
-    if not folder.is_dir():
-        return Status("none" if rows is None else "finished", rows)
+        store = None
+    rows = None if store is None else len(store)
     note, busy = read_note(folder), holder(folder)
-    planned = int(note["plan"]["count"]) if note is not None else 0
-    committed = sum(_images(part) for part in folder.glob("part-*.h5"))
+    # Killed after it was published: what is left are files to remove.
+    published = store is not None and note is not None and note["run_id"] == store.run_id
+    if busy is None and published:
+        return Status("finished", rows)
+    parts = {path: number for path in folder.glob("part-*.h5") if (number := part_number(path.name)) is not None}
+    committed = sum(map(_images, parts))
+    planned = committed + (0 if note is None else _waiting(note["plan"], parts.values()))
     if busy is not None:
         return Status("busy", rows, committed, planned, busy.pid, busy.host, busy.since)
-    unfinished = committed or planned
-    return Status("unfinished" if unfinished else "none" if rows is None else "finished", rows, committed, planned)
+    return Status("unfinished" if planned else "none" if rows is None else "finished", rows, committed, planned)
+
+
+def _waiting(plan: Mapping[str, Any], written: Iterable[int]) -> int:
+    """Return how many images lie in those parts of a plan that are not written yet."""
+    size, count = plan["part_size"], plan["count"]
+    starts = {(number - plan["first"]) * size for number in written}
+    return int(count - sum(min(size, count - start) for start in starts if 0 <= start < count))
 
 
 def _images(path: Path) -> int:

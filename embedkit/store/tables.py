@@ -108,6 +108,11 @@ def _names(table: type[_Table]) -> set[str]:
     return {field.name for field in dataclasses.fields(table)}  # type: ignore[arg-type]
 
 
+def is_id(id: bytes) -> bool:
+    """Return whether an image may be called so: a path that stays below whatever folder it is joined with."""
+    return bool(id) and not id.startswith(b"/") and b"\0" not in id and (b".." not in id or b".." not in id.split(b"/"))
+
+
 def lookup(sorted_ids: Array, ids: Array) -> npt.NDArray[np.int64]:
     """Return the position of each id among sorted unique ids, -1 where it is not among them."""
     if len(sorted_ids) == len(ids) and np.array_equal(sorted_ids, ids):

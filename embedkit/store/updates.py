@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from embedkit.errors import StoreFormatError
+from embedkit.spec import canonical_json
 from embedkit.store.assembling import Content, Gather, Header, narrowed
 from embedkit.store.knowledge import Known, at
 from embedkit.store.plans import Plan
@@ -29,7 +32,7 @@ class Changes:
     new, changed, retried, repaired : int
         To compute: never seen, seen with other content, failed before, damaged in the store.
     deleted : int
-        In the store, and no longer among the images.
+        In the store, and no longer among the images, under no id.
     """
 
     unchanged: int = 0
@@ -103,8 +106,46 @@ def content_of(header: Header, update: Update, known: Known) -> Content:
     )
 
 
-def is_same(base: Store, content: Content) -> bool:
-    """Return whether a store to be holds what there is already, times included."""
+def changes_of(
+    base: Store | None,
+    known: Known,
+    inventory: Inventory,
+    entry: npt.NDArray[np.int64],
+    usable: npt.NDArray[np.bool_],
+    settled: npt.NDArray[np.bool_],
+    kept: Mapping[int, int],
+) -> Changes:
+    """Count what an extraction found; the arguments are those of `Run.prepare`."""
+    found = entry >= 0
+    computed = found & (at(known.source, entry) >= (base is not None))  # By this run, when it was begun.
+    images, same = (np.array(list(numbers), dtype=np.int64) for numbers in (kept, kept.values()))
+    own = entry[images] == same
+    missing = ~settled
+    missing[images] = False
+    failed, intact = found & at(known.failed, entry), at(usable, entry)
+    resumed = int((settled & computed).sum() + (own & computed[images]).sum())
+    deleted = 0
+    if base is not None:
+        elsewhere = {known.content_sha256[row].tobytes() for row in same[~own]}
+        gone = np.flatnonzero(lookup(inventory.ids, base.images.ids) < 0)
+        deleted = sum(base.content_sha256[row].tobytes() not in elsewhere for row in gone)
+    return Changes(
+        unchanged=int(settled.sum() + own.sum()) - resumed,
+        resumed=resumed,
+        moved=int((~own).sum()),
+        new=int((missing & ~found).sum()),
+        changed=int((missing & found & ~failed & intact).sum()),
+        retried=int((missing & failed).sum()),
+        repaired=int((missing & found & ~failed & ~intact).sum()),
+        deleted=deleted,
+    )
+
+
+def is_same(base: Store, header: Header, content: Content) -> bool:
+    """Return whether a store to be holds what there is already, times and the way to images and weights included."""
+    for name in ("root", "recipe"):
+        if canonical_json(base.information.get(name)) != canonical_json(header.information.get(name)):
+            return False
     rows = content.embeddings
     if len(base) != len(rows.rows) or rows.which.any() or not np.array_equal(rows.rows, np.arange(len(base))):
         return False

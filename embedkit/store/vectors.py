@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EmbedkitError, StoreFormatError
-from embedkit.store.exporting import optional
+from embedkit.store.exporting import optional, ranges
 
 Array = npt.NDArray[Any]
 
@@ -80,7 +80,7 @@ def stored_vectors(
     def blocks() -> Iterator[Array]:
         with reading(shown), open(path, "rb") as file:
             file.seek(offset)
-            for start, stop in _ranges(shape[0], shape[1] * dtype.itemsize):
+            for start, stop in ranges(shape[0], shape[1] * dtype.itemsize, BLOCK_ROWS, _BLOCK_BYTES):
                 # Copies in any case: a map of a file that somebody cuts short ends the process, and none removes a file
                 # that is mapped on Windows.
                 if fortran:
@@ -100,12 +100,6 @@ def checked_shape(shape: Sequence[int], dtype: np.dtype[Any], size: int) -> tupl
     if size != prod(shape) * dtype.itemsize:
         raise ValueError(f"{tuple(shape)} {dtype} take {prod(shape) * dtype.itemsize:,} bytes, there are {size:,}")
     return shape[0], shape[1]
-
-
-def _ranges(count: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, min(BLOCK_ROWS, _BLOCK_BYTES // row_bytes))
-    for start in range(0, count, rows):
-        yield start, min(start + rows, count)
 
 
 @contextmanager

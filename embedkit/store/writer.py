@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import uuid
@@ -20,9 +19,9 @@ from embedkit.errors import EmbeddingShapeError, StoreExistsError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import durable
 from embedkit.store.assembling import Content, Gather, Header, publish
-from embedkit.store.locking import Lock, parts_folder
+from embedkit.store.locking import Lock, now, parts_folder
 from embedkit.store.matrix import Matrix, ReadOnlyFile
-from embedkit.store.tables import Failures, Images
+from embedkit.store.tables import Failures, Images, is_id, lookup
 
 
 @dataclass
@@ -84,17 +83,18 @@ class StoreWriter:
     ) -> None:
         self.path = Path(os.path.realpath(path))
         refuse_existing(self.path, overwrite)
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.header = Header(spec, uuid.uuid4().hex, created, information=dict(information or {}))
+        self.header = Header(spec, uuid.uuid4().hex, now(), information=dict(information or {}))
         self._columns = _Columns()
         self._stack = ExitStack()
         self._handle = -1
 
     def __enter__(self) -> StoreWriter:
-        self._stack.enter_context(Lock(parts_folder(self.path)))
-        self._spool = self._stack.enter_context(durable.aside(parts_folder(self.path)))
-        self._handle = durable.create(self._spool)
-        self._stack.callback(os.close, self._handle)
+        with ExitStack() as stack:  # Should one of these fail, those before it are undone.
+            stack.enter_context(Lock(parts_folder(self.path)))
+            self._spool = stack.enter_context(durable.aside(parts_folder(self.path)))
+            self._handle = durable.create(self._spool)
+            stack.callback(os.close, self._handle)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -107,23 +107,23 @@ class StoreWriter:
         embeddings: npt.ArrayLike,
         ids: Sequence[str],
         *,
-        sizes: Sequence[int] | None = None,
-        mtimes_ns: Sequence[int] | None = None,
-        content_sha256: Sequence[bytes] | None = None,
-        labels: Sequence[str | None] | None = None,
+        sizes: Sequence[int] | npt.NDArray[Any] | None = None,
+        mtimes_ns: Sequence[int] | npt.NDArray[Any] | None = None,
+        content_sha256: Sequence[bytes] | npt.NDArray[Any] | None = None,
+        labels: Sequence[str | None] | npt.NDArray[Any] | None = None,
     ) -> None:
-        """Add rows.
+        """Add rows. After an error none of them is added, and others may be.
 
         Parameters
         ----------
         embeddings : array of shape (b, d)
-            Converted to float32.
+            Converted to float32; every number must be finite.
         ids : sequence of str of length b
-            Unique in the store.
+            Unique in the store; paths that stay below their folder.
         sizes, mtimes_ns : sequence of int, optional
             Size in bytes and modification time of each file when it was read.
-        content_sha256 : sequence of bytes, optional
-            SHA-256 of each file's bytes, 32 bytes each.
+        content_sha256 : sequence of bytes, or uint8 array of shape (b, 32), optional
+            SHA-256 of each file's bytes.
         labels : sequence of str or None, optional
             Class names.
 
@@ -131,22 +131,49 @@ class StoreWriter:
         ------
         EmbeddingShapeError
             When `embeddings` is not (len(ids), spec.dim).
+        ValueError
+            When a number is not finite, a column has another length than `ids`, or an id is no such path.
+        OSError
+            When the disk is full.
         """
-        rows = np.ascontiguousarray(embeddings, dtype="<f4")
+        with np.errstate(all="ignore"):  # What is too large for float32 becomes infinite, and that is found below.
+            rows = np.ascontiguousarray(embeddings, dtype="<f4")
         if rows.shape != (len(ids), self.header.spec.dim):
             raise EmbeddingShapeError(
                 f"{self.path} takes {len(ids)} rows of width {self.header.spec.dim}, got shape {rows.shape}"
             )
-        durable.write_all(self._handle, rows.data)
-        columns, count = self._columns, len(ids)
-        columns.ids.extend(ids)
-        columns.sizes.extend(sizes or [0] * count)
-        columns.mtimes_ns.extend(mtimes_ns or [0] * count)
-        columns.content_sha256.extend(content_sha256 or [bytes(32)] * count)
-        columns.labels.extend(labels or [None] * count)
+        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(wrong):
+            raise ValueError(f"the embedding of {ids[wrong[0]]!r} has numbers that are not finite in float32")
+        for id in ids:
+            _check_id(id)
+        count = len(ids)
+        more = _Columns(
+            list(ids),
+            _column("sizes", sizes, count, 0),
+            _column("mtimes_ns", mtimes_ns, count, 0),
+            [bytes(sha256) for sha256 in _column("content_sha256", content_sha256, count, bytes(32))],
+            _column("labels", labels, count, None),
+        )
+        if any(len(sha256) != 32 for sha256 in more.content_sha256):
+            raise ValueError("content_sha256 has a hash that is not 32 bytes; give the digest, not its hexadecimal")
+        self._spool_rows(rows)
+        for name, column in vars(self._columns).items():
+            column.extend(vars(more)[name])
+
+    def _spool_rows(self, rows: npt.NDArray[np.float32]) -> None:
+        """Write rows to the end of the spool, or nothing: half of a block would shift all rows that come later."""
+        try:
+            durable.write_all(self._handle, rows.data)
+        except BaseException:
+            end = len(self._columns.ids) * rows.itemsize * rows.shape[1]
+            os.ftruncate(self._handle, end)
+            os.lseek(self._handle, end, os.SEEK_SET)
+            raise
 
     def fail(self, id: str, reason: str, *, size: int = 0, mtime_ns: int = 0) -> None:
-        """Record an image that could not be read."""
+        """Record an image that could not be read, once; it must not have a row as well."""
+        _check_id(id)
         self._columns.failures.append((id, reason, size, mtime_ns))
 
     def finalise(self) -> None:
@@ -155,7 +182,7 @@ class StoreWriter:
         Raises
         ------
         ValueError
-            When two rows have the same id.
+            When two rows have the same id, or a failed image has a row or failed twice.
         OSError
             When the disk is full.
         """
@@ -173,17 +200,36 @@ class StoreWriter:
         dim = self.header.spec.dim
         spool = Matrix(ReadOnlyFile(self._spool, keep=True), 0, (len(rows), dim), np.dtype("<f4"), passing=True)
         gather = Gather([spool], np.zeros(len(rows), dtype=np.int64), rows, dim)
-        content = Content(images, self._failures(), labels if classes else None, classes, gather)
+        content = Content(images, self._failures(images), labels if classes else None, classes, gather)
         publish(self.path, self._spool.parent, self.header, content)
 
-    def _failures(self) -> Failures:
-        failures = sorted(self._columns.failures, key=lambda failure: os.fsencode(failure[0]))
-        return Failures.of(
-            [id for id, *_ in failures],
-            [reason for _, reason, *_ in failures],
-            [size for *_, size, _ in failures],
-            [mtime for *_, mtime in failures],
+    def _failures(self, images: Images) -> Failures:
+        given = sorted(self._columns.failures, key=lambda failure: os.fsencode(failure[0]))
+        failures = Failures.of(
+            [id for id, *_ in given],
+            [reason for _, reason, *_ in given],
+            [size for *_, size, _ in given],
+            [mtime for *_, mtime in given],
         )
+        twice = np.append(failures.ids[1:] == failures.ids[:-1], False) | (lookup(images.ids, failures.ids) >= 0)
+        if twice.any():
+            id = os.fsdecode(bytes(failures.ids[twice][0]))
+            raise ValueError(f"{id!r} failed and has a row, or failed twice; a store knows each image once")
+        return failures
+
+
+def _check_id(id: str) -> None:
+    if not is_id(os.fsencode(id)):
+        raise ValueError(f"{id!r} cannot be the id of an image; expected a relative path that stays below its folder")
+
+
+def _column(name: str, values: Any, count: int, missing: Any) -> list[Any]:
+    """Return one value for each row; that for missing ones where there is no such column."""
+    if values is None:
+        return [missing] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} values for {count} rows; give one for each, or none at all")
+    return list(values)
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:

@@ -301,23 +301,7 @@ class Backbone:
         return read_crop(source, self._pixels, id=id)
 
     def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        """Embed crops that `pixels` made, in one forward pass.
-
-        Parameters
-        ----------
-        crops : sequence of arrays of shape (h, w, 3)
-            uint8.
-
-        Returns
-        -------
-        array of shape (len(crops), d)
-            float32.
-
-        Raises
-        ------
-        BackboneError
-            When the network returns infinities or NaN: its weights are damaged or of another model.
-        """
+        """Return the embeddings of crops that `pixels` made, of shape (len(crops), d): those of `embed_layers`."""
         return self.embed_layers(crops, ())[""]
 
     def embed_layers(
@@ -340,7 +324,8 @@ class Backbone:
         Raises
         ------
         BackboneError
-            As `embed_pixels`; and when the network has no such layer.
+            When the network has no such layer, or returns infinities or NaN: its weights are damaged or of another
+            model.
         """
         return self.run(self._eager([self._pool, *layers]), crops, layers)
 
@@ -417,7 +402,7 @@ class Backbone:
 
     def _width(self, pool: str) -> tuple[int, int]:
         """Return the width of a row, and how many tokens it holds when it is not pooled."""
-        dim = self._run([self._blank()], [pool])[0].shape[1]
+        dim = self._eager([pool])([self._blank()])[0].shape[1]
         module, colon, kind = pool.rpartition(":")
         return dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
 
@@ -444,9 +429,6 @@ class Backbone:
         if key not in self._engines:
             self._engines[key] = eager(self._network(pools), 32, self._precision)
         return self._engines[key]
-
-    def _run(self, crops: Sequence[npt.NDArray[np.uint8]], pools: Sequence[str]) -> list[npt.NDArray[np.float32]]:
-        return self._eager(pools)(crops)
 
     def _blank(self) -> npt.NDArray[np.uint8]:
         return np.zeros((*self._pixels.img_size, 3), dtype=np.uint8)

@@ -128,7 +128,7 @@ def extract(
     StoreFormatError
         When the store is damaged.
     StoreExistsError
-        When none of the store's images is in the folder: it was made from another one.
+        When none of the images of the store, or of an unfinished run, is in the folder: it was made from another one.
     BackboneError
         When the backbone cannot be loaded, or has no such layer.
 

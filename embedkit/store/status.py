@@ -52,7 +52,7 @@ def find_status(path: str | os.PathLike[str]) -> Status:
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise StoreFormatError(f"{path} is a folder, and a store is one file; name that file, such as {path}.h5")
+        raise StoreFormatError(f"{path} is a folder, and a store is one file; name that file")
     folder = parts_folder(target)
     note, busy = read_note(folder), holder(folder)
     parts = {path: number for path in folder.glob("part-*.h5") if (number := part_number(path.name)) is not None}

@@ -232,6 +232,8 @@ def test_probe_prints_a_report_or_one_json_object(store: Path, tmp_path: Path) -
     rows = [f"{kind}/{n}.jpg,{'train' if n <= 8 else 'val'}" for kind in ("cat", "dog") for n in range(1, 13)]
     (tmp_path / "split.csv").write_text("\n".join(["path,split", *rows]))
     assert "linear top1" in run("probe", store, "--split", tmp_path / "split.csv").stdout
+    wrong = run("select", store, "-o", tmp_path / "x.h5", "--split", tmp_path / "split.csv", "valid", code=2)
+    assert "has no split 'valid'; it has 'train', 'val'" in wrong.stderr
     values = json.loads(run("probe", store, "--split", tmp_path / "split.csv", "--json").stdout)
     assert values["metrics"]["top1"] == 1.0 and len(values["metrics"]["top1_interval"]) == 2
 

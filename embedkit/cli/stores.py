@@ -124,7 +124,11 @@ def select(
         from embedkit.evaluation import Split
 
         path, part = split
-        chosen &= named(opened, [id for id, name in Split.read(path).parts.items() if name == part])
+        parts = Split.read(path).parts
+        if part not in parts.values():
+            names = ", ".join(repr(name) for name in sorted(set(parts.values())))
+            raise click.UsageError(f"{path} has no split {part!r}; it has {names}")
+        chosen &= named(opened, [id for id, name in parts.items() if name == part])
     with printing.ByteBar(quiet) as bar:
         made = opened.select(output, chosen, overwrite=overwrite, progress=bar.update)
     click.echo(json.dumps(made.summary()) if as_json else printing.store_line(made))

@@ -22,6 +22,7 @@ from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
 from embedkit.images import ImageFile, Listing, list_files, list_images, read_bytes, status_of
 from embedkit.store import Inventory, Run, Store
+from embedkit.store.format import is_layer_name
 
 MAX_LAYERS = 32
 SECONDS_A_PART = 2.0
@@ -282,8 +283,8 @@ def _checked_layers(backbone: Backbone, layers: Iterable[str]) -> list[str]:
     if len(names) > MAX_LAYERS or len(set(names)) < len(names):
         raise BackboneError(f"layers are at most {MAX_LAYERS} different ones, got {', '.join(names)}")
     for name in names:
-        if "/" in name or len(name.encode()) > 64:
-            raise BackboneError(f"{name!r} is not the name of a layer: 1 to 64 bytes, without a slash")
+        if not is_layer_name(name):
+            raise BackboneError(f"{name!r} is not the name of a layer: 1 to 64 printable bytes, without a slash")
     return names
 
 

@@ -345,7 +345,7 @@ class Store:
         """Compare every byte with the checksums that were written with it; see `embedkit.store.verify`."""
         from embedkit.store.verification import verify
 
-        return verify(self.path, progress=progress)
+        return verify(self, progress=progress)
 
     @staticmethod
     def status(path: str | os.PathLike[str]) -> Status:

@@ -35,9 +35,6 @@ from embedkit.store.updates import Update, changes_of, content_of, is_same
 from embedkit.store.verification import verify
 from embedkit.store.writer import refuse_existing
 
-# What a run leaves in its folder. Whatever else lies there, such as a NAS's @eaDir, is not ours to remove.
-_OURS = re.compile(r"part-\d{6,}\.[0-9a-f]{16}\.h5(\.bad)?|ids-\d{6,}-[0-9a-f]{16}|run\.json")
-
 log = logging.getLogger("embedkit")
 
 
@@ -182,6 +179,11 @@ class Run:
             Whether an image is unchanged only when its content is, whatever its size and modification time.
         retry_failed : bool, default False
             Whether images that failed before are tried again.
+
+        Raises
+        ------
+        StoreExistsError
+            When none of the rows there are, of the store or of the unfinished run, would be kept.
         """
         known = gather_known(self.base, self.parts.values())
         usable, timely = self._damage.masks(known)
@@ -317,6 +319,7 @@ class Run:
         """Remove what this run computed; what an earlier one left is not known to be worthless."""
         if not self.parts:
             self._tidy()
+            return
         for path in self.folder.glob("part-*"):
             if path.name not in self.parts and part_number(path.name) is not None:
                 path.unlink()
@@ -324,10 +327,16 @@ class Run:
     def _tidy(self) -> None:
         """Remove what a run leaves once its store is published; the note last, for it says that this may be done."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == NOTE):
-            if _OURS.fullmatch(path.name):
+            if _is_ours(path.name):
                 path.unlink()
         durable.sync_folder(self.folder)
         self.parts, self.plan = {}, NO_PLAN
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a run leaves a file of that name; what else lies there, such as a NAS's @eaDir, is not ours."""
+    is_part = part_number(name.removesuffix(".bad")) is not None
+    return is_part or name == NOTE or re.fullmatch(r"ids-\d{6,}-[0-9a-f]{16}", name) is not None
 
 
 def in_megabytes(count: float) -> str:

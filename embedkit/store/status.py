@@ -52,21 +52,19 @@ def find_status(path: str | os.PathLike[str]) -> Status:
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise StoreFormatError(f"{path} is a folder, and a store is one file; name that file, such as {path}.h5")
+        raise StoreFormatError(f"{path} is a folder, and a store is one file; name that file")
     folder = parts_folder(target)
-    try:
-        store = Store.open(target)
-    except StoreNotFoundError:
-        store = None
-    rows = None if store is None else len(store)
     note, busy = read_note(folder), holder(folder)
-    # Killed after it was published: what is left are files to remove.
-    published = store is not None and note is not None and note["run_id"] == store.run_id
-    if busy is None and published:
-        return Status("finished", rows)
     parts = {path: number for path in folder.glob("part-*.h5") if (number := part_number(path.name)) is not None}
     committed = sum(map(_images, parts))
     planned = committed + (0 if note is None else _waiting(note["plan"], parts.values()))
+    try:
+        store = Store.open(target)  # Last, for a run that goes on meanwhile makes a store of its parts.
+    except StoreNotFoundError:
+        store = None
+    rows = None if store is None else len(store)
+    if busy is None and note is not None and store is not None and note["run_id"] == store.run_id:
+        return Status("finished", rows)  # It was killed after that: what is left are files to remove.
     if busy is not None:
         return Status("busy", rows, committed, planned, busy.pid, busy.host, busy.since)
     return Status("unfinished" if planned else "none" if rows is None else "finished", rows, committed, planned)

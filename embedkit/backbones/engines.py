@@ -109,6 +109,8 @@ def openvino(network: Network, batch_size: int, precision: str = "fp32", threads
     """Run the network in OpenVINO, one stream for each of `threads`; processor only."""
     if importlib.util.find_spec("openvino") is None:
         raise BackboneError("the engine openvino needs a package that is not here: pip install 'embedkit[openvino]'")
+    if precision == "fp16":
+        raise BackboneError("OpenVINO computes fp16 as bf16 on processors")
     import openvino as ov
 
     example = torch.zeros((batch_size, *network.pixels.img_size, 3), dtype=torch.uint8)
@@ -117,7 +119,7 @@ def openvino(network: Network, batch_size: int, precision: str = "fp32", threads
         traced = torch.jit.trace(_ChannelsLast(network), example, check_trace=False)  # type: ignore[no-untyped-call]
         model = ov.convert_model(traced, example_input=example, input=[tuple(example.shape)])
     options = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision],
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads, "ENABLE_CPU_PINNING": False,
     }  # fmt: skip
     program = ov.Core().compile_model(model, "CPU", options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,6 +18,7 @@ from embedkit.backbones import Backbone, Batch, Engine, Steps, stream
 from embedkit.extraction.progress import Progress, Timing
 from embedkit.images import ImageFile, Listing, read_bytes, status_of
 from embedkit.store import Failures, Images, Rows, Run, Update
+from embedkit.store.tables import lookup
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,6 @@ def _commit(run: Run, number: int, rows: Sequence[_Computed]) -> float:
 
 def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int, bool, _Computed], None, None]:
     """Yield part, whether the part ends, and what became of the batch; the pipeline flows across the parts."""
-    files = {os.fsencode(file.id): file for file in listing.files}
 
     def read(reading: _Reading) -> bytes:
         # Looked at before it is read: when somebody writes to it meanwhile, the next run sees another time.
@@ -119,10 +118,10 @@ def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int,
 
     def planned() -> Iterator[tuple[int, bool, list[_Reading]]]:
         for number in update.todo:
-            ids = update.plan.part(number).tolist()
-            for start in range(0, len(ids), update.plan.batch_size):
-                batch = ids[start : start + update.plan.batch_size]
-                yield number, start + len(batch) == len(ids), [_Reading(files[id]) for id in batch]
+            rows = lookup(update.inventory.ids, update.plan.part(number)).tolist()
+            for start in range(0, len(rows), update.plan.batch_size):
+                batch = rows[start : start + update.plan.batch_size]
+                yield number, start + len(batch) == len(rows), [_Reading(listing.files[row]) for row in batch]
 
     plan, copy = itertools.tee(planned())
     steps = Steps(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from embedkit.errors import ImageError
 
@@ -27,6 +27,30 @@ class ImageFile(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Below(Sequence[ImageFile]):
+    """Images below a folder, without a path and a label for each in memory: there may be a hundred million."""
+
+    root: str
+    ids: list[str]
+    shaped: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, at: int) -> ImageFile: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[ImageFile]: ...
+
+    def __getitem__(self, at: int | slice) -> ImageFile | list[ImageFile]:
+        return [self._file(id) for id in self.ids[at]] if isinstance(at, slice) else self._file(self.ids[at])
+
+    def _file(self, id: str) -> ImageFile:
+        return ImageFile(id, os.path.join(self.root, id), id.partition("/")[0] if self.shaped else None)
+
+
+@dataclass(frozen=True)
 class Listing:
     """What `list_images` found.
 
@@ -34,7 +58,7 @@ class Listing:
     ----------
     root : Path
         The folder.
-    files : list of ImageFile
+    files : sequence of ImageFile
         Sorted by the bytes of their ids.
     classes : list of str
         Sorted; empty when the folder has no class folders.
@@ -45,7 +69,7 @@ class Listing:
     """
 
     root: Path
-    files: list[ImageFile]
+    files: Sequence[ImageFile]
     classes: list[str]
     failures: list[tuple[str, str]]
     ignored: int
@@ -90,15 +114,14 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
         raise ImageError(os.fspath(root), what)
     walk = _Walk()
     walk.run(os.fspath(root))
-    ids = sorted(walk.paths, key=os.fsencode)
-    shaped = bool(ids) and all("/" in id for id in ids)
-    files = [ImageFile(id, walk.paths[id], id.partition("/")[0] if shaped else None) for id in ids]
+    ids = sorted(walk.ids, key=os.fsencode)
+    files = _Below(os.fspath(root), ids, shaped=bool(ids) and all("/" in id for id in ids))
     failures = walk.failures + _barren(walk.image_named_folders, ids)
     if not files and not failures:
         raise ImageError(
             os.fspath(root), f"no images in it ({walk.ignored:,} other files); images are called {' '.join(SUFFIXES)}"
         )
-    classes = sorted({file.label for file in files if file.label is not None}, key=os.fsencode)
+    classes = sorted({id.partition("/")[0] for id in ids}, key=os.fsencode) if files.shaped else []
     return Listing(root, files, classes, sorted(failures, key=lambda failure: os.fsencode(failure[0])), walk.ignored)
 
 
@@ -153,7 +176,7 @@ class _Walk:
     """A walk over a folder, with a stack of our own: folders may lie deeper than Python recurses."""
 
     def __init__(self) -> None:
-        self.paths: dict[str, str] = {}
+        self.ids: list[str] = []
         self.failures: list[tuple[str, str]] = []
         self.image_named_folders: list[str] = []
         self.ignored = 0
@@ -187,7 +210,7 @@ class _Walk:
         elif entry.is_symlink() and not os.path.exists(entry.path):
             self.failures.append((id, f"broken symbolic link to {os.readlink(entry.path)}"))
         elif entry.is_file():
-            self.paths[id] = entry.path
+            self.ids.append(id)
         else:
             kind = stat.filemode(os.stat(entry.path).st_mode)[0]
             self.failures.append((id, f"not a regular file but a {_KINDS.get(kind, 'special file')}"))

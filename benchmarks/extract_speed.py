@@ -5,8 +5,8 @@
 Every method runs in a process of its own, one after the other and round after round (A B C A B C ...). Counted are the
 seconds and CPU seconds of the job alone, from the first file to the last written row, with all child processes, and
 the peak memory; loading Python and the network is left out for all of them. Peers see `--images` images spread over the
-folder, for their rate does not depend on how many there are; embedkit sees the whole folder, and pays from it for
-choosing an engine. Weights are random: speed does not depend on them. A peer whose package is absent is skipped, and
+folder, for their rate does not depend on how many there are; embedkit sees the whole folder (or `--own` images), and
+pays from it for choosing an engine. Weights are random: speed does not depend on them. A peer whose package is absent is skipped, and
 the table says so. The result is written to benchmarks/results/.
 """
 
@@ -348,6 +348,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=400, help="for the peers")
+    parser.add_argument("--own", type=int, help="for embedkit; by default all of the folder")
     parser.add_argument("--large", type=int, default=0, help="make this many 12-megapixel photographs and use those")
     parser.add_argument("--name", default="extract_speed", help="of the files in benchmarks/results/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -361,6 +362,7 @@ def main() -> None:
     )
     if arguments.large:
         every = large_photographs(every, arguments.large, Path(tempfile.gettempdir()) / "embedkit-12mp")
+    every = every[:: max(1, len(every) // (arguments.own or len(every)))][: arguments.own]
     some = every[:: max(1, len(every) // arguments.images)][: arguments.images]
     machine = (
         f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} processors, {platform.system()}"

@@ -4,6 +4,7 @@
 
 Uses $EMBEDKIT_DATA or ../shared/data: photographs and the weights of real networks, because random weights forgive
 more. The reference is written with timm and Pillow alone. The table is written to benchmarks/results/fidelity.md.
+fp16 is left to GPUs: processors without it take minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 import embedkit as ek
-from embedkit.backbones import ENGINES, import_timm
+from embedkit.backbones import ENGINES, import_timm, usable_processors
+from embedkit.backbones.streaming import with_threads
 
 MODES: dict[str, tuple[dict[str, Any], str]] = {
     "default": ({}, "eager"),
@@ -29,7 +31,6 @@ MODES: dict[str, tuple[dict[str, Any], str]] = {
     "openvino": ({"decode": "exact"}, "openvino"),
     "--precision bf16, eager": ({"precision": "bf16"}, "eager"),
     "--precision bf16, openvino": ({"precision": "bf16"}, "openvino"),
-    "--precision fp16, eager": ({"precision": "fp16"}, "eager"),
 }
 Embeddings = npt.NDArray[np.float32]
 
@@ -79,9 +80,13 @@ def reference(sidecar: Path, files: list[Path]) -> Embeddings:
     network = timm.create_model(values["timm_architecture"], num_classes=0, **values["timm_kwargs"]).eval()
     network.load_state_dict(load_file(sidecar.with_suffix(".safetensors")), strict=False)
     transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config), is_training=False)
-    with torch.inference_mode():
-        rows = [network(transform(Image.open(file).convert("RGB")).unsqueeze(0)).numpy() for file in files]
-    return np.concatenate(rows)
+
+    def run() -> Embeddings:
+        with torch.inference_mode():
+            rows = [network(transform(Image.open(file).convert("RGB")).unsqueeze(0)).numpy() for file in files]
+        return np.concatenate(rows)
+
+    return with_threads(usable_processors(), run)
 
 
 def embed(backbone: ek.Backbone, files: list[Path], engine: str) -> Embeddings:
@@ -90,7 +95,7 @@ def embed(backbone: ek.Backbone, files: list[Path], engine: str) -> Embeddings:
         raise ek.BackboneError(f"no engine {engine}")
     crops = [backbone.pixels(file) for file in files]
     chosen = backbone.choose_engine(crops[:8], len(crops), engine=engine).engine
-    return backbone.run(chosen, crops, ())[""]
+    return with_threads(usable_processors(), lambda: backbone.run(chosen, crops, ()))[""]
 
 
 def unit(rows: Embeddings) -> npt.NDArray[np.float64]:

@@ -6,8 +6,8 @@ Every method runs in a process of its own, one after the other and round after r
 seconds and CPU seconds of the job alone, from the first file to the last written row, with all child processes, and
 the peak memory; loading Python and the network is left out for all of them. Peers see `--images` images spread over the
 folder, for their rate does not depend on how many there are; embedkit sees the whole folder (or `--own` images), and
-pays from it for choosing an engine. Weights are random: speed does not depend on them. A peer whose package is absent is skipped, and
-the table says so. The result is written to benchmarks/results/.
+pays from it for choosing an engine. Weights are random: speed does not depend on them. A peer whose package is absent
+is skipped, and the table says so. The result is written to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ METHODS: dict[str, Callable[[str, list[str], Path], Callable[[], None]]] = {
     "a naive": naive,
     "b DataLoader": loader,
     "b channels last": lambda *job: loader(*job, channels_last=True),
+    "b kept memory": lambda *job: loader(*job, kept=True),
     "b tuned": lambda *job: loader(*job, channels_last=True, kept=True),
     "c timm": timm_inference,
     "d thingsvision's loop": thingsvision_like,

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from embedkit import BackboneError, Preprocessing
+from embedkit import Backbone, BackboneError, Preprocessing
 from embedkit.backbones import ENGINES, import_timm
 from embedkit.backbones.choosing import choose
 from embedkit.backbones.engines import eager
 from embedkit.backbones.network import Network, check_views
+from embedkit.backbones.pooling import Taps, pooled
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="the extra openvino is absent")
 EXACT = ["graph", pytest.param("openvino", marks=needs_openvino)]
@@ -164,3 +166,60 @@ print(outside, inside, faults())
         )
         outside, inside, after = map(int, done.stdout.split())
         assert (inside < outside / 10) == kept and after > outside / 2
+
+
+def test_runs_side_by_side_leave_torch_as_it_was(tiny_backbone: Path) -> None:
+    torch.set_num_threads(2)
+    images = crops(40)
+    with ThreadPoolExecutor(3) as pool:
+        backbones = list(pool.map(lambda _: Backbone.load(tiny_backbone), range(3)))
+        found = list(pool.map(lambda backbone: backbone.embed(images, batch_size=4), backbones))
+        list(pool.map(lambda backbone: backbone.choose_engine(images, 1, engine="graph"), backbones))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    assert not torch.jit.onednn_fusion_enabled()  # type: ignore[no-untyped-call]
+
+
+def test_a_large_batch_is_timed_whole_and_an_engine_is_built_once(tiny_backbone: Path) -> None:
+    backbone = Backbone.load(tiny_backbone)
+    choices = [backbone.choose_engine(crops(4), LONG, batch_size=32, engine="graph") for _ in range(2)]
+    assert choices[0].engine is choices[1].engine
+    eager_trial, graph_trial = choices[0].trials
+    assert 32 / eager_trial.seconds == pytest.approx(eager_trial.images_per_second)
+    assert graph_trial.seconds > 0
+
+
+def test_a_module_is_pooled_as_it_returns_before_the_next_one_works_in_place() -> None:
+    torch.manual_seed(0)
+    model = import_timm().create_model("resnet18", num_classes=0).eval().requires_grad_(False)
+    net = Network(model, Preprocessing(img_size=(64, 64)), ("bn1:avg", "layer1.0.bn2:avg", "default")).eval()
+    kept: dict[str, torch.Tensor] = {}
+    for name in ("bn1", "layer1.0.bn2"):
+        hook = lambda module, inputs, output, name=name: kept.__setitem__(name, output.clone())  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    found = eager(net, 8)(crops())
+    for name, embeddings in zip(("bn1", "layer1.0.bn2"), found, strict=False):
+        np.testing.assert_allclose(embeddings, kept[name].mean((2, 3)).numpy(), atol=1e-5)
+
+
+def test_tokens_before_the_class_token_are_all_kept() -> None:
+    torch.manual_seed(0)
+    model = import_timm().create_model("test_vit", num_classes=0).eval().requires_grad_(False)
+    pools = ("patch_embed:none", "blocks.0:none", "none", "patch_embed:avg")
+    net = Network(model, Preprocessing(img_size=(160, 160)), pools).eval()
+    found = eager(net, 2)(crops(2, 160))
+    patches, width = model.patch_embed.num_patches, model.num_features
+    assert [embeddings.shape[1] for embeddings in found[:3]] == [patches * width] * 3
+    np.testing.assert_allclose(found[0].reshape(2, patches, width).mean(1), found[3], atol=1e-5)
+
+
+def test_gem_of_half_precision_is_finite() -> None:
+    model = torch.nn.Module()
+    large = torch.full((1, 2, 3, 3), 300.0, dtype=torch.float16)
+    np.testing.assert_allclose(pooled_map(model, large, "gem"), 300.0, rtol=1e-3)
+
+
+def pooled_map(model: torch.nn.Module, features: torch.Tensor, pool: str) -> Any:
+    model.forward_features = lambda pixels: features  # type: ignore[assignment]
+    return pooled(model, features, [pool], Taps(model, [pool]))[0].numpy()

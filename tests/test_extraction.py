@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from embedkit import Backbone, ImageError, extract
+from embedkit import Backbone, ImageError, Store, extract
 from embedkit.backbones import import_timm
 from embedkit.extraction import Measured, Progress
 from embedkit.store import Changes
@@ -218,3 +218,58 @@ def test_a_store_says_how_its_images_were_decoded_and_computed(
     plain = Backbone.load(tiny_backbone)
     assert set(plain.spec.differences(store.spec)) == {"precision", "preprocessing.decoder", "views"}
     assert "views" not in plain.spec.to_dict()
+
+
+def damaged(photos: Path, root: Path, bad: int) -> Path:
+    """Copy the photographs, with files before them that are none."""
+    shutil.copytree(photos / "cat", root)
+    for number in range(bad):
+        (root / f"0{number:03}.jpg").write_text("no")
+    return root
+
+
+def test_an_engine_is_found_where_the_first_images_are_unreadable(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    root = damaged(photos, tmp_path / "mixed", 50)
+    store = extract(root, tmp_path / "s.h5", backbone, engine="graph")
+    assert store.information["engine"] == "graph" and (len(store), len(store.failures)) == (12, 50)
+    for image in sorted(root.glob("*"))[50:]:
+        image.unlink()
+    with pytest.raises(ImageError, match="none of its 50 images could be read"):
+        extract(root, tmp_path / "none.h5", backbone, engine="graph")
+
+
+def test_the_engine_outlives_deletions_kills_and_other_options(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.committed >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(root, tmp_path / "s.h5", backbone, engine="graph", batch_size=4, part_size=4, progress=stop)
+    note = json.loads((tmp_path / "s.h5.parts" / "run.json").read_bytes())
+    assert note["information"]["engine"] == "graph"
+    extract(root, tmp_path / "s.h5", backbone)
+    fresh = extract(root, tmp_path / "fresh.h5", backbone, engine="graph")
+    assert Store.open(tmp_path / "s.h5").content_id == fresh.content_id
+    image = root / "cat" / "1.jpg"
+    data = image.read_bytes()
+    image.unlink()
+    assert extract(root, tmp_path / "s.h5", backbone).information["engine"] == "graph"
+    image.write_bytes(data)
+    assert extract(root, tmp_path / "s.h5", backbone).content_id == fresh.content_id
+
+
+def test_a_report_that_cannot_be_written_is_an_error_before_anything_is_computed(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        extract(photos, tmp_path / "s.h5", backbone, report=tmp_path / "missing" / "run.json")
+    assert os.listdir(tmp_path) == []

@@ -103,3 +103,17 @@ def test_broken_jpegs_are_named_with_their_reason(tmp_path: Path) -> None:
             read_crop(b"\xff\xd8 no", preprocessing, id="holiday")
         with pytest.raises(ImageError, match="thin: too long and thin: 1 x 60000 pixels"):
             read_crop(encoded(Image.new("RGB", (1, 60000))), preprocessing, id="thin")
+
+
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+def test_standard_stays_within_rounding_whatever_the_shape(crop_mode: str) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        width = int(random.integers(20, 400))
+        height = max(8, int(width * np.exp(random.uniform(-1.5, 1.5))))
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        options = {"crop_pct": float(random.choice([0.875, 1.0])), "crop_mode": crop_mode}
+        options["interpolation"] = str(random.choice(["bilinear", "bicubic"]))
+        standard = Preprocessing((96, 96), decoder=DECODERS["standard"], **options)  # type: ignore[arg-type]
+        difference = np.abs(crop(image, standard).astype(int) - crop(image, Preprocessing((96, 96), **options)))  # type: ignore[arg-type]
+        assert difference.max() <= 3 and (difference > 0).mean() < 0.03, (height, width, options)

@@ -204,6 +204,8 @@ class Backbone:
         config = getattr(self._model, "pretrained_cfg", {})
         self._pool, self._precision, self._views, self.preprocessing = pool, precision, views, preprocessing
         self._pixels = whole_size(preprocessing, views)
+        if "five-crop" in views and self._pixels.img_size == preprocessing.img_size:
+            raise BackboneError("five-crop needs a crop smaller than the image: --crop-pct below 1, such as 0.875")
         self._networks: dict[tuple[str, ...], Network] = {}
         self._engines: dict[tuple[str, ...], Engine] = {}
         try:
@@ -429,6 +431,11 @@ class Backbone:
         if key not in self._engines:
             self._engines[key] = eager(self._network(pools), 32, self._precision)
         return self._engines[key]
+
+    def noise(self, count: int) -> list[npt.NDArray[np.uint8]]:
+        """Return crops of noise, the same every time, for when there is nothing else to try an engine on."""
+        shape = (count, *self._pixels.img_size, 3)
+        return list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
 
     def _blank(self) -> npt.NDArray[np.uint8]:
         return np.zeros((*self._pixels.img_size, 3), dtype=np.uint8)

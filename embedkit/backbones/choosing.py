@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedkit.backbones.engines import ENGINES, Embeddings, Engine, Pixels, eager
+from embedkit.backbones.engines import ENGINES, Embeddings, Engine, Pixels
 from embedkit.backbones.network import Network
 from embedkit.errors import BackboneError
 
 MIN_COSINE = 0.99999  # Below it, on any image, an engine that should be exact is none.
 _GAIN = 1.05  # Less than that is noise.
-_ROUNDS = 3
-# A compiler may cost an eighth of what the job would take without it. It takes about six passes and a third of a
-# second: measured on mobilenetv2_100, resnet50 and vit_small_patch16_224.
-_BUDGET, _BUILD_PASSES, _BUILD_SECONDS, _COMPILE_SECONDS = 1 / 8, 6, 0.3, 60
+_ROUNDS = 2
+# A compiler may cost a quarter of what the network would take without it: it mostly saves more than a third. It takes
+# about five passes and a third of a second: measured on mobilenetv2_100, resnet50 and vit_small_patch16_224.
+_BUDGET, _BUILD_PASSES, _BUILD_SECONDS, _COMPILE_SECONDS = 1 / 4, 5, 0.3, 60
 
 log = logging.getLogger("embedkit")
 
@@ -110,39 +111,34 @@ def choose(
     """
     if engine not in ("auto", *ENGINES):
         raise BackboneError(f"unknown engine {engine!r}; choose auto or one of {', '.join(ENGINES)}")
-    device, plain = network.scale.device, eager(network, batch_size, precision)
+    device = network.scale.device
+    workers = workers if device.type == "cpu" else 1
+    plain = _built(network, "eager", batch_size, precision, workers)
     if not crops:
-        return Choice(plain, (Trial("eager"),), "nothing to try it on")
-    names: list[str] = []
-    reason = "named"
-    if engine == "auto":
-        # One pass, cold, is an estimate that costs a short job next to nothing.
-        seconds = _timed(plain, crops[:batch_size])
-        names, reason = _worth_trying(device, seconds, count / workers / batch_size)
-    elif engine != "eager":
-        names = [engine]
-    if not names and precision == "fp32":
-        seconds = _timed(plain, crops[:batch_size])
-        return Choice(plain, (Trial("eager", seconds, len(crops[:batch_size]) / seconds),), reason)
-    reference, first = _trial("eager", partial(eager, network, batch_size), crops, None, precision="fp32")
+        return Choice(plain, (Trial("eager"),), "short job")
+    passes = count / workers / batch_size
+    seconds = _timed(plain, _batch(crops, batch_size))  # Cold, an estimate that costs a short job next to nothing.
+    tried = _worth_trying(device, seconds, passes) if engine == "auto" else [engine] if engine != "eager" else []
+    reason = "named" if engine != "auto" else "fastest" if tried else "short job"
+    if not tried and precision == "fp32":
+        return Choice(plain, (Trial("eager", seconds, batch_size / seconds),), reason)
+    reference, expected, first = _trial(_built(network, "eager", batch_size, "fp32", workers), crops, None, "fp32")
     if reference is None:
         raise BackboneError(first.dropped)
-    expected = reference(crops)
     trials, engines = [first], {"eager": reference}
     if precision != "fp32":
-        lower, trial = _trial("eager", lambda: plain, crops, expected, precision=precision)
+        lower, _, trial = _trial(plain, crops, expected, precision)
         if lower is None:
             raise BackboneError(f"this backbone cannot compute in {precision}: {trial.dropped}")
         trials, engines = [trial], {"eager": lower}
-    for name in names:
-        build = partial(ENGINES[name], network, batch_size, precision)
-        if name == "openvino":
-            build = partial(build, threads=workers)
-        found, trial = _trial(name, build, crops, expected, precision=precision)
-        trials.append(trial)
+    for name in tried:
+        if engine == "auto" and name == "openvino" and not _pays(trials, passes):
+            continue
+        build = partial(_built, network, name, batch_size, precision, workers)
+        found, _, trial = _trial(build, crops, expected, precision)
+        trials.append(replace(trial, engine=name))
         if found is not None:
             engines[name] = found
-            log.debug("engine %s: %.2f images/s a thread", name, trial.images_per_second)
         elif engine == name:
             raise BackboneError(f"the engine {name} cannot run this backbone: {trial.dropped}")
         else:
@@ -152,44 +148,66 @@ def choose(
     return Choice(engines[engine if engine in engines else best], tuple(trials), reason)
 
 
-def _worth_trying(device: torch.device, seconds: float, passes: float) -> tuple[list[str], str]:
-    """Return the engines to try for a job of so many passes beside eager, and why no others."""
+def _built(network: Network, name: str, batch_size: int, precision: str, workers: int) -> Engine:
+    """Return an engine, built once for a network: what a compiler makes is never given back."""
+    options = {"threads": workers} if name == "openvino" else {}
+    key = (name, batch_size, precision, *options.values())
+    if key not in network.engines:
+        network.engines[key] = ENGINES[name](network, batch_size, precision, **options)
+    engine: Engine = network.engines[key]
+    return engine
+
+
+def _worth_trying(device: torch.device, seconds: float, passes: float) -> list[str]:
+    """Return the engines to try beside eager for a job of so many passes."""
     if device.type == "cuda":
         # A GPU's compiler takes a minute or two, whatever the network.
-        return (["compile"], "fastest") if passes * seconds * _BUDGET > _COMPILE_SECONDS else ([], "short job")
+        return ["compile"] if passes * seconds * _BUDGET > _COMPILE_SECONDS else []
     build = _BUILD_SECONDS + _BUILD_PASSES * seconds
     if device.type != "cpu" or build > passes * seconds * _BUDGET:
-        return [], "short job"
+        return []
     names = ["graph"] if torch.backends.mkldnn.is_available() else []  # type: ignore[no-untyped-call]
-    return names + (["openvino"] if importlib.util.find_spec("openvino") else []), "fastest"
+    return names + (["openvino"] if importlib.util.find_spec("openvino") else [])
+
+
+def _pays(trials: Sequence[Trial], passes: float) -> bool:
+    """Return whether OpenVINO may pay: beside a graph that works it gains a tenth, and it takes longer to build."""
+    best = min(trial.seconds for trial in trials if not trial.dropped)
+    budget = _BUDGET / 4 if len([trial for trial in trials if not trial.dropped]) > 1 else _BUDGET
+    return 1.5 + _BUILD_PASSES * trials[0].seconds <= passes * best * budget
 
 
 def _trial(
-    name: str,
-    build: Callable[[], Engine],
+    build: Engine | Callable[[], Engine],
     crops: Sequence[Pixels],
     expected: Sequence[Embeddings] | None,
-    *,
     precision: str,
-) -> tuple[Engine | None, Trial]:
+) -> tuple[Engine | None, Sequence[Embeddings], Trial]:
     """Build an engine, time it and compare it; None with the reason when it is no candidate."""
     try:
         started = time.perf_counter()
-        engine = build()
+        engine = build if isinstance(build, Engine) else build()
         found = engine(crops)
         built = time.perf_counter() - started
-        seconds = min(_timed(engine, crops[: engine.batch_size]) for _ in range(_ROUNDS))
+        batch = _batch(crops, engine.batch_size)
+        seconds = min(_timed(engine, batch) for _ in range(_ROUNDS))
     except Exception as error:  # Compilers fail in ways of their own; whatever it is, this one is no candidate.
-        return None, Trial(name, dropped=" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return None, [], Trial("eager", dropped=" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    trial = Trial(engine.name, seconds, engine.batch_size / seconds, build_seconds=built)
     if not all(np.isfinite(embeddings).all() for embeddings in found):
-        return None, Trial(name, dropped="it returned infinities or NaN for real pixels; are these its own weights?")
+        text = "it returned infinities or NaN for real pixels; are these its own weights"
+        text += "?" if precision == "fp32" else f", and small enough for {precision}?"
+        return None, [], replace(trial, dropped=text)
     cosines = np.concatenate([_cosine(left, right) for left, right in zip(found, expected or found, strict=True)])
-    trial = Trial(
-        name, seconds, engine.batch_size / seconds, float(cosines.min()), float(cosines.mean()), built,
-    )  # fmt: skip
+    trial = replace(trial, min_cosine=float(cosines.min()), mean_cosine=float(cosines.mean()))
     if precision == "fp32" and trial.min_cosine < MIN_COSINE:
-        return None, Trial(**{**vars(trial), "dropped": f"its embeddings differ, cosine {trial.min_cosine:.7f}"})
-    return engine, trial
+        return None, [], replace(trial, dropped=f"its embeddings differ, cosine {trial.min_cosine:.7f}")
+    return engine, found, trial
+
+
+def _batch(crops: Sequence[Pixels], batch_size: int) -> list[Pixels]:
+    """Return a whole batch of some images, so that every engine is timed doing the same."""
+    return list(itertools.islice(itertools.cycle(crops), batch_size))
 
 
 def _timed(engine: Engine, crops: Sequence[Pixels]) -> float:

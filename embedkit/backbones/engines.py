@@ -83,10 +83,11 @@ def eager(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
 
 def graph(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
     """Freeze the network into one graph whose convolutions, additions and activations oneDNN fuses; processor only."""
+    _require_processor("graph", network)
     network = in_precision(network, precision)
     example = _planes(np.zeros((batch_size, *network.pixels.img_size, 3), dtype=np.uint8), network)
-    fused = torch.jit.onednn_fusion_enabled()  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings(), torch.no_grad():
+    with _fusing, warnings.catch_warnings(), torch.no_grad():
+        fused = torch.jit.onednn_fusion_enabled()  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")  # TorchScript is no longer developed; nothing newer is as fast here.
         torch.jit.enable_onednn_fusion(True)
         try:
@@ -107,6 +108,7 @@ def compiled(network: Network, batch_size: int, precision: str = "fp32") -> Engi
 
 def openvino(network: Network, batch_size: int, precision: str = "fp32", threads: int = 1) -> Engine:
     """Run the network in OpenVINO, one stream for each of `threads`; processor only."""
+    _require_processor("openvino", network)
     if importlib.util.find_spec("openvino") is None:
         raise BackboneError("the engine openvino needs a package that is not here: pip install 'embedkit[openvino]'")
     if precision == "fp16":
@@ -137,6 +139,14 @@ def openvino(network: Network, batch_size: int, precision: str = "fp32", threads
 ENGINES: dict[str, Callable[..., Engine]] = {
     "eager": eager, "graph": graph, "openvino": openvino, "compile": compiled,
 }  # fmt: skip
+
+
+_fusing = threading.Lock()  # Whether TorchScript fuses is a switch for the whole process.
+
+
+def _require_processor(name: str, network: Network) -> None:
+    if _device(network).type != "cpu":
+        raise BackboneError(f"the engine {name} runs on processors only, and this backbone is on {_device(network)}")
 
 
 class _ChannelsLast(torch.nn.Module):

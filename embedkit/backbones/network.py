@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Network(nn.Module):
         super().__init__()
         self.model, self.preprocessing, self.pools, self.views = model, preprocessing, tuple(pools), tuple(views)
         self._taps = Taps(model, self.pools)
+        self.engines: dict[tuple[Any, ...], Any] = {}
         self.pixels = whole_size(preprocessing, views)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         # (x / 255 - mean) / std as one multiplication and one addition.
@@ -46,7 +48,7 @@ class Network(nn.Module):
     def forward(self, crops: Tensor) -> tuple[Tensor, ...]:
         """Return float32 embeddings of shape (b, d), one for each pooling, for crops (b, 3, h, w) of uint8.
 
-        With the view ``five-crop`` they are the whole resized image around the crop.
+        With the view ``five-crop`` they are larger by 1 / crop_pct: the centre of the resized image.
         """
         whole = torch.addcmul(self.shift, crops.float(), self.scale)
         x = _cut(whole, self.preprocessing.img_size, "center")
@@ -78,7 +80,7 @@ def check_views(views: Sequence[str]) -> None:
 
 
 def whole_size(preprocessing: Preprocessing, views: Sequence[str]) -> Preprocessing:
-    """Return the preprocessing of the pixels that these views need: all of the resized image for ``five-crop``."""
+    """Return the preprocessing of the pixels that these views need: for ``five-crop`` what lies around the crop too."""
     if "five-crop" not in views:
         return preprocessing
     height, width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.img_size)

@@ -58,7 +58,8 @@ class Taps:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if getattr(seen, "outputs", None) is not None:  # Otherwise another network is using the same model.
-                seen.outputs[name] = output
+                # A copy, because the next module may work in place.
+                seen.outputs[name] = output.clone() if isinstance(output, Tensor) else output
 
         return hook
 
@@ -94,7 +95,11 @@ def pooled(model: nn.Module, pixels: Tensor, pools: Sequence[str], taps: Taps) -
         elif module and module not in seen:
             raise BackboneError(f"the module {module!r} of this backbone takes no part in embedding")
         else:
-            found.append(_pool(model, seen[module] if module else features, kind))
+            # In float32: the cubes of gem do not fit into half of the bits.
+            output = seen[module] if module else features
+            layout = getattr(_module(model, module) if module else model, "output_fmt", None)
+            layout = str(layout or getattr(model, "output_fmt", "NCHW"))
+            found.append(_pool(model, output.float() if isinstance(output, Tensor) else output, layout, kind))
     return found
 
 
@@ -108,15 +113,18 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         ) from None
 
 
-def _pool(model: nn.Module, output: Any, kind: str) -> Tensor:
+def _pool(model: nn.Module, output: Any, layout: str, kind: str) -> Tensor:
     if isinstance(output, Tensor) and output.ndim == 4:
         features = output
-        if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        if layout.endswith("NHWC"):
             features = features.permute(0, 3, 1, 2)
         tokens, prefix = features.flatten(2).transpose(1, 2), 0  # (b, h*w, c)
     else:
         tokens = features = _checked(output, 3)
         prefix = int(getattr(model, "num_prefix_tokens", 0))
+        patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+        if tokens.shape[1] == patches:
+            prefix = 0  # What stands before the class token joins them.
     if kind == "flatten":
         return features.flatten(1)
     if kind == "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -139,7 +140,7 @@ def stream(
 
 def _for_processor(steps: Steps[Item, Output], workers: int, threads: int) -> Any:
     """Return a function that takes a batch through all steps in one worker, and one that ends the workers."""
-    before = torch.get_num_threads()
+    restore = _keep_thread_count()
     pool = ThreadPoolExecutor(
         workers, thread_name_prefix="embedkit-worker", initializer=torch.set_num_threads, initargs=(threads,)
     )
@@ -149,7 +150,7 @@ def _for_processor(steps: Steps[Item, Output], workers: int, threads: int) -> An
 
     def close() -> None:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
+        restore()
 
     return lambda batch: pool.submit(work, batch), close
 
@@ -207,9 +208,11 @@ def embed_many(backbone: Backbone, items: Any, batch_size: int, workers: int | N
     """Return the embeddings of a sequence of images, of shape (n, d); the first that cannot be read is an error."""
     processors = usable_processors()
     workers = workers or processors
-    count = len(items) if hasattr(items, "__len__") else 0
+    count = len(items) if hasattr(items, "__len__") else None
     forward = backbone.embed_pixels
-    if count > batch_size * workers:
+    if count is None:
+        pass  # An iterator: as many as there may be.
+    elif count > batch_size * workers:
         sample = [backbone.pixels(image) for image in items[:batch_size]]
         engine = backbone.choose_engine(sample, count, batch_size=batch_size, workers=workers).engine
         forward = partial(_run_by, backbone, engine)
@@ -241,12 +244,30 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 def with_threads(threads: int, work: Callable[[], Output]) -> Output:
     """Return what `work` returns in a thread of its own whose network passes use `threads` threads."""
-    before = torch.get_num_threads()
+    restore = _keep_thread_count()
     with kept_memory(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
             return pool.submit(work).result()
         finally:
-            torch.set_num_threads(before)
+            restore()
+
+
+_lock = threading.Lock()
+_counts: list[int] = []  # What torch's number of threads was when the first of those who change it came, for each.
+
+
+def _keep_thread_count() -> Callable[[], None]:
+    """Return a function that restores torch's number of threads, which workers set for all threads to come."""
+    with _lock:
+        _counts.append(_counts[0] if _counts else torch.get_num_threads())
+
+    def restore() -> None:
+        with _lock:
+            before = _counts.pop()
+            if not _counts:
+                torch.set_num_threads(before)
+
+    return restore
 
 
 def usable_processors() -> int:

@@ -61,7 +61,7 @@ def compute(
     done = kept = committed = total - waiting
     before = [*listing.failures, *update.failures]
     failed, reason = len(before), next((f"{id}: {why}" for id, why in before), "")
-    timing = Timing(workers=job.workers if job else 1)
+    timing = Timing(job.workers if job else 1, accelerator=job is not None and job.backbone.device.type != "cpu")
 
     def report() -> Progress:
         state = Progress(done, total, failed, kept, committed, update.changes, timing.measured())

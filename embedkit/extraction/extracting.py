@@ -137,8 +137,11 @@ def extract(
     information = _information(listing, backbone)
     run = Run(output, backbone.spec, layers=specs, information=information, overwrite=overwrite, repair=repair)
     settling = _Settling(run, listing, backbone, names, engine, batch_size, workers, threads)
+    if report is not None:
+        open(report, "a", encoding="utf-8").close()  # Rather now than after hours.
     cpu_seconds = time.process_time()
     with run:
+        settling.remember_earlier()
         update = run.prepare(
             _inventory(listing),
             lambda numbers: _hashes(listing.files, numbers, workers),
@@ -177,6 +180,7 @@ class _Settling:
         self.threads = threads or 1
         self.choice: Choice | None = None
         self._seconds = 0.0
+        self._engine, self._rows = "auto", 0
 
     def job(self, count: int, batch_size: int) -> Job | None:
         """Return how to compute this many images."""
@@ -197,17 +201,25 @@ class _Settling:
         self._choose(count)
         assert self.choice is not None
         # Decoding and the forward pass of one image in one worker.
-        seconds = self._seconds + self.choice.trial.seconds / self.batch_size
+        seconds = max(1e-6, self._seconds + self.choice.trial.seconds / self.batch_size)
         width = 4 * (self.backbone.dim + sum(self.backbone.layer_spec(layer).dim for layer in self.layers))
         rows = min(int(SECONDS_A_PART * self.workers / seconds), MAX_PART_ROWS, MAX_PART_BYTES // width)
         return max(self.batch_size, rows)
 
+    def remember_earlier(self) -> None:
+        """Carry on the engine of a store that is updated: its rows stay, whatever else is computed."""
+        information, self._rows = self.run.earlier
+        self._engine = str(information.get("engine", "auto"))
+        if str(information.get("device", "")).partition(":")[0] != self.backbone.device.type:
+            self._engine = "auto"
+        elif self._engine != "auto":
+            self.run.remember({"engine": self._engine})
+
     def _choose(self, count: int) -> None:
-        wanted = self.engine
-        if wanted == "auto":
-            wanted = self._engine_of_before(count)
+        # The engine of before, unless what it computed is little beside what is to come.
+        wanted = self._engine if self.engine == "auto" and count <= self._rows else self.engine
         short = count <= 4 * self.batch_size and self.backbone.spec.precision == "float32"
-        crops = [] if short and wanted == "auto" else self._sample()
+        crops = [] if short and wanted in ("auto", "eager") else self._sample()
         try:
             self.choice = self._chosen(crops, count, wanted)
         except BackboneError as error:
@@ -223,24 +235,20 @@ class _Settling:
             threads=self.threads,
         )  # fmt: skip
 
-    def _engine_of_before(self, count: int) -> str:
-        """Return the engine that computed what is there, unless that is little beside what is to come."""
-        earlier, rows = self.run.earlier
-        return str(earlier.get("engine", "auto")) if count <= rows else "auto"
-
     def _sample(self) -> list[npt.NDArray[np.uint8]]:
         """Return some crops from all over the listing, and keep what reading one takes."""
-        files = self.listing.files
-        crops = []
-        for file in files[:: max(1, len(files) // _SAMPLE)][:_SAMPLE]:
-            started = time.perf_counter()
+        files, crops = self.listing.files, []
+        started = time.perf_counter()
+        for number in np.linspace(0, len(files) - 1, min(4 * _SAMPLE, len(files))).astype(int).tolist():
             try:
-                crops.append(self.backbone.pixels(read_bytes(file.path, file.id), id=file.id))
+                crops.append(self.backbone.pixels(read_bytes(files[number].path), id=files[number].id))
             except ImageError:
-                continue
-            self._seconds += time.perf_counter() - started
-        self._seconds /= max(1, len(crops))
-        return crops
+                continue  # Its reason is found, and kept, when its turn comes.
+            if len(crops) == _SAMPLE:
+                break
+        self._seconds = (time.perf_counter() - started) / max(1, len(crops))
+        # Noise will do where no image can be read.
+        return crops or self.backbone.noise(_SAMPLE)
 
 
 def _inventory(listing: Listing) -> Inventory:
@@ -280,8 +288,11 @@ def _checked_layers(backbone: Backbone, layers: Iterable[str]) -> list[str]:
     if isinstance(layers, str):
         raise BackboneError(f"layers are several names, got {layers!r}")
     names = [backbone.whole_name(layer) for layer in layers]
-    if len(names) > MAX_LAYERS or len(set(names)) < len(names):
-        raise BackboneError(f"layers are at most {MAX_LAYERS} different ones, got {', '.join(names)}")
+    if len(names) > MAX_LAYERS or len({backbone.spec.pool, *names}) <= len(names):
+        raise BackboneError(
+            f"layers are at most {MAX_LAYERS} different ones, and others than the pooling {backbone.spec.pool}; got "
+            f"{', '.join(names)}"
+        )
     for name in names:
         if not is_layer_name(name):
             raise BackboneError(f"{name!r} is not the name of a layer: 1 to 64 printable bytes, without a slash")

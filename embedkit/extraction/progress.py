@@ -22,7 +22,8 @@ class Measured:
     images_per_second, images_per_second_now : float
         Overall, and over the last five seconds.
     read, decode, forward, wait : float
-        Shares of the worker threads' time, in [0, 1]; the rest of 1 is Python's own.
+        Shares of the worker threads' time, in [0, 1], where `wait` is the rest. On a GPU, `forward` is the share of the
+        time in which it was fed, beside the others.
     commit : float
         Share of the run's time in which a part was being written, beside all that.
     """
@@ -71,6 +72,7 @@ class Timing:
     """Adds up what the workers measure."""
 
     workers: int
+    accelerator: bool = False
     started: float = field(default_factory=time.perf_counter)
     seconds: Seconds = field(default_factory=Seconds)
     commit: float = 0.0
@@ -89,9 +91,11 @@ class Timing:
         elapsed = max(1e-9, time.perf_counter() - self.started)
         whole = elapsed * self.workers
         spent = self.seconds
+        forward = spent.forward / (elapsed if self.accelerator else whole)
+        busy = (spent.read + spent.decode) / whole + (0 if self.accelerator else forward)
         oldest, then = self._recent[0] if self._recent else (0.0, 0)
         lately = (self.images - then) / (self._recent[-1][0] - oldest) if len(self._recent) > 1 else 0.0
         return Measured(
-            elapsed, self.images / elapsed, lately, spent.read / whole, spent.decode / whole, spent.forward / whole,
-            max(0.0, 1 - (spent.read + spent.decode + spent.forward) / whole), self.commit / elapsed,
+            elapsed, self.images / elapsed, lately, spent.read / whole, spent.decode / whole, forward,
+            max(0.0, 1 - busy), self.commit / elapsed,
         )  # fmt: skip

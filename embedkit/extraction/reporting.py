@@ -49,6 +49,8 @@ def write_report(
 def hint(measured: Measured, job: Job) -> str:
     """Return what a run waited for most, and what would help."""
     shares = {name: getattr(measured, name) for name in ("read", "decode", "forward", "wait")}
+    if job.backbone.device.type != "cpu" and measured.forward > 0.5:
+        shares = {"forward": measured.forward}  # Decoders that wait for a busy GPU are as it should be.
     most = max(shares, key=lambda name: shares[name])
     share = f"{100 * shares[most]:.0f} % of the time"
     if most == "read":
@@ -67,10 +69,13 @@ def hint(measured: Measured, job: Job) -> str:
 
 def engine_line(choice: Choice, job: Job) -> str:
     """Return the one line that says what was chosen."""
-    trial, size = choice.trial, job.backbone.preprocessing.decoder
+    trial, decoder = choice.trial, job.backbone.preprocessing.decoder
     eager = next((other for other in choice.trials if other.engine == "eager"), trial)
-    parts = [f"{job.workers} workers x {job.threads} threads", f"{job.engine.batch_size} images a pass", size]
-    if job.backbone.spec.precision != "float32" or trial.engine != "eager":
+    parts = [
+        f"{job.workers} worker{'s' * (job.workers > 1)} with {job.threads} thread{'s' * (job.threads > 1)} each",
+        f"{job.engine.batch_size} images a pass", decoder,
+    ]  # fmt: skip
+    if trial.seconds and (job.backbone.spec.precision != "float32" or trial.engine != "eager"):
         parts.append(f"cosine to eager float32 at least {trial.min_cosine:.7f}, mean {trial.mean_cosine:.7f}")
     if trial.engine != "eager" and trial.seconds:
         parts.append(f"{eager.seconds / trial.seconds:.2f} times as fast as eager")

@@ -27,7 +27,7 @@ INTERPOLATIONS = {
 CROP_MODES = ("center", "squash", "border")
 # What `Preprocessing.decoder` says, for each way to decode and resize:
 DECODERS = {
-    "standard": "libjpeg-turbo, torch resize",  # Pillow's pixels; resized ones differ by one level here and there.
+    "standard": "libjpeg-turbo, torch resize",  # Pillow's pixels; resized ones differ by a level here and there.
     "exact": "pillow",  # Every pixel as Pillow makes it.
     "fast": "libjpeg-turbo scaled, torch resize",  # Large JPEGs are decoded smaller, to no less than twice the size.
 }
@@ -98,7 +98,7 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     size = _resized(image.height, image.width, preprocessing)
     if (image.height, image.width) == size:
         pixels = np.asarray(image)
-    elif _by_torch(preprocessing):
+    elif _by_torch(preprocessing, (image.height, image.width), size):
         pixels = _torch_resize(np.array(image), size, preprocessing.interpolation)
     else:
         pixels = np.asarray(image.resize((size[1], size[0]), INTERPOLATIONS[preprocessing.interpolation]))
@@ -114,7 +114,7 @@ def _jpeg_crop(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint
     lying = orientation >= 5  # Height and width change places.
     height, width = shape[::-1] if lying else shape
     size = _resized(height, width, preprocessing)
-    if not _by_torch(preprocessing):
+    if not _by_torch(preprocessing, (height, width), size):
         pixels = jpeg.decode(data)
         return None if pixels is None else crop(upright(Image.fromarray(pixels), orientation), preprocessing)
     stored = size[::-1] if lying else size
@@ -138,8 +138,17 @@ def turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.ui
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
-def _by_torch(preprocessing: Preprocessing) -> bool:
-    return preprocessing.decoder != DECODERS["exact"] and preprocessing.interpolation in ("bilinear", "bicubic")
+def _by_torch(preprocessing: Preprocessing, before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Return whether torch's resize makes Pillow's pixels, to a level here and there.
+
+    torch resizes each row first and then each column. So does Pillow, except where it finds the other order cheaper:
+    for some images that are tall, or that shrink in height more than in width. Those are left to it.
+    """
+    if preprocessing.decoder == DECODERS["exact"] or preprocessing.interpolation not in ("bilinear", "bicubic"):
+        return False
+    (height, width), (new_height, new_width) = before, after
+    alike = new_width * height <= 1.02 * new_height * width
+    return new_height >= height or (alike and height <= 2 * width)
 
 
 def _torch_resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], mode: str) -> npt.NDArray[np.uint8]:

@@ -205,14 +205,17 @@ class Run:
     @property
     def earlier(self) -> tuple[Mapping[str, Any], int]:
         """Information of what came before, and how many rows it has: the resumed run, or the store that is updated."""
-        written = sum(len(part.images) for part in self.parts.values())
-        if written:
-            return self.header.information, max(written, len(self.plan.ids))
-        return (self.base.information, len(self.base)) if self.base is not None else ({}, 0)
+        base: tuple[Mapping[str, Any], int] = ({}, 0) if self.base is None else (self.base.information, len(self.base))
+        resumed = max(len(self.plan.ids), sum(len(part.images) for part in self.parts.values()))
+        return (self.header.information, max(base[1], resumed)) if resumed else base
 
     def remember(self, information: Mapping[str, Any]) -> None:
-        """Add to the information that the run's note, once a plan is written, and its store will keep."""
+        """Add to the information that the run's note and its store keep."""
+        if information.items() <= self.header.information.items():
+            return
         self.header = dataclasses.replace(self.header, information={**self.header.information, **information})
+        if len(self.plan.ids):
+            write_note(self.folder, self.header, None if self.base is None else self.base.content_id, self.plan)
 
     def _pending(self) -> npt.NDArray[Any]:
         """Return the ids of the plan's parts that are not written yet."""

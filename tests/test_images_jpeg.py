@@ -58,6 +58,22 @@ def test_exact_is_pillows_crop_and_standard_within_rounding(orientation: int, cr
         assert np.abs(found - reference).mean() < 0.02
 
 
+def test_the_orientation_is_found_wherever_pillow_finds_it() -> None:
+    plain = encoded(photograph(64, 64))
+    assert jpeg.orientation(plain) == 1
+    turned = encoded(photograph(64, 64), orientation=6)
+    assert jpeg.orientation(turned) == 6
+    comment = b"\xff\xfe\x00\x08Exif\0\0"
+    assert (
+        jpeg.orientation(plain[:2] + comment + plain[2:]) == 1
+        and jpeg.orientation(turned[:2] + comment + turned[2:]) == 6
+    )
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="8"/>'
+    segment = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp
+    assert jpeg.orientation(plain[:2] + segment + plain[2:]) == 8
+    assert [jpeg.orientation(data) for data in (b"", b"\xff\xd8", plain[:3], plain[:30])] == [1, 1, 1, 1]
+
+
 def test_real_photographs_differ_by_a_level_here_and_there(flowers: Path) -> None:
     differing = []
     for path in sorted(flowers.glob("*/*.jpg"))[::200]:

@@ -49,10 +49,23 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Pixels | Non
 
 def orientation(data: bytes) -> int:
     """Return the EXIF orientation of a JPEG, 1 where it has none."""
-    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:
+    if not _has_app1(data):
         return 1  # Most files say nothing, and then Pillow need not look at all of their header.
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
             return orientation_of(image)
     except Exception:  # What is wrong with the header is found, and said, by whoever decodes the pixels.
         return 1
+
+
+def _has_app1(data: bytes) -> bool:
+    """Return whether a segment before the pixels may hold EXIF or XMP; when in doubt, it may."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker in (0xE1, 0xFF):  # 0xFF pads, which hardly any file does.
+            return True
+        if marker == 0xDA:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True

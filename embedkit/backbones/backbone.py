@@ -92,7 +92,7 @@ class Backbone:
         decode : {"standard", "exact", "fast"}, default "standard"
             How pixels are decoded and resized. "standard" differs from timm's transform by one grey level on a few
             pixels in a thousand (cosine above 0.9999) and takes a third of the time; "exact" equals it bit for bit;
-            "fast" decodes large JPEGs at a fraction of their size (cosine about 0.9995).
+            "fast" decodes large JPEGs at a fraction of their size (cosine above 0.999).
         precision : {"fp32", "bf16", "fp16"}, default "fp32"
             Number format of the forward pass. Half the bits take half the time where the hardware has them, and move
             the numbers: an extraction says by how much.

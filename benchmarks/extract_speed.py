@@ -127,9 +127,8 @@ def thingsvision_like(model: str, files: list[str], output: Path) -> Callable[[]
 
     network = import_timm().create_model(model).eval()
     found: list[Any] = []
-    network.fc_norm if hasattr(network, "fc_norm") else None
-    layer = getattr(network, "global_pool", None) or network.fc_norm
-    layer = layer if isinstance(layer, torch.nn.Module) else network.fc_norm
+    pool = getattr(network, "global_pool", None)  # Transformers have a name there.
+    layer = pool if isinstance(pool, torch.nn.Module) else network.fc_norm
     layer.register_forward_hook(lambda module, inputs, result: found.append(result.detach().flatten(1)))
 
     def job() -> None:

@@ -201,6 +201,8 @@ def test_embed_takes_paths_images_arrays_or_a_mix(tiny_backbone: Path, tmp_path:
     np.testing.assert_allclose(backbone.embed(np.stack([pixels, pixels])), many[:2], atol=1e-6)
     np.testing.assert_allclose(backbone.embed((tmp_path / "a.png").read_bytes()), one, atol=1e-6)
     assert backbone.embed([]).shape == (0, backbone.dim)
+    several = dict.fromkeys(range(40), image)
+    assert backbone.embed(several.values(), batch_size=4).shape == (40, backbone.dim)  # Neither list nor iterator.
     (tmp_path / "bad.jpg").write_text("no")
     with pytest.raises(ImageError, match=r"bad\.jpg"):
         backbone.embed([image, tmp_path / "bad.jpg"])

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from embedkit.backbones import arguments as given
-from embedkit.backbones.choosing import Choice, choose
-from embedkit.backbones.engines import Engine, eager
+from embedkit.backbones.choosing import Choice, built, choose
+from embedkit.backbones.engines import Engine
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
 from embedkit.backbones.network import Network, whole_size
 from embedkit.backbones.pooling import whole_name
@@ -207,7 +207,7 @@ class Backbone:
         if "five-crop" in views and self._pixels.img_size == preprocessing.img_size:
             raise BackboneError("five-crop needs a crop smaller than the image: --crop-pct below 1, such as 0.875")
         self._networks: dict[tuple[str, ...], Network] = {}
-        self._engines: dict[tuple[str, ...], Engine] = {}
+        self._widths: dict[str, tuple[int, int]] = {}
         try:
             dim, tokens = self._width(pool)
         except (RuntimeError, AssertionError) as error:
@@ -404,9 +404,11 @@ class Backbone:
 
     def _width(self, pool: str) -> tuple[int, int]:
         """Return the width of a row, and how many tokens it holds when it is not pooled."""
-        dim = self._eager([pool])([self._blank()])[0].shape[1]
-        module, colon, kind = pool.rpartition(":")
-        return dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
+        if pool not in self._widths:
+            dim = self._eager([pool])([self._blank()])[0].shape[1]
+            module, colon, kind = pool.rpartition(":")
+            self._widths[pool] = dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
+        return self._widths[pool]
 
     def whole_name(self, layer: str) -> str:
         """Return what a layer is called in full, such as ``blocks.8:avg`` for ``-4``.
@@ -427,10 +429,7 @@ class Backbone:
 
     def _eager(self, pools: Sequence[str]) -> Engine:
         """Return the engine that needs no choosing."""
-        key = tuple(pools)
-        if key not in self._engines:
-            self._engines[key] = eager(self._network(pools), 32, self._precision)
-        return self._engines[key]
+        return built(self._network(pools), "eager", 32, self._precision)
 
     def noise(self, count: int) -> list[npt.NDArray[np.uint8]]:
         """Return crops of noise, the same every time, for when there is nothing else to try an engine on."""

@@ -80,63 +80,41 @@ def choose(
     precision: str = "fp32",
     workers: int = 1,
 ) -> Choice:
-    """Choose the engine for a job, in a thread that computes as the job's workers will.
-
-    Parameters
-    ----------
-    network : Network
-        On its device.
-    crops : sequence of arrays of shape (h, w, 3)
-        uint8: images of the job, by which speed and fidelity are measured. Without any, eager is taken untried.
-    count : int
-        Images of the job.
-    engine : str, default "auto"
-        One by name is taken at its word, unless it fails or its numbers are others; "auto" tries those that fit the
-        device when the job is long enough to pay for it.
-    batch_size : int, default 8
-        Images a pass.
-    precision : {"fp32", "bf16", "fp16"}
-        Number format. Less than fp32 is not held to `MIN_COSINE`: its fidelity is measured and said.
-    workers : int, default 1
-        Threads that will run it.
-
-    Returns
-    -------
-    Choice
-
-    Raises
-    ------
-    BackboneError
-        When the network returns infinities or NaN, or a named engine cannot be had.
-    """
+    """Choose the engine for a job as `Backbone.choose_engine` says, in a thread that computes as its workers will."""
     if engine not in ("auto", *ENGINES):
         raise BackboneError(f"unknown engine {engine!r}; choose auto or one of {', '.join(ENGINES)}")
     device = network.scale.device
     workers = workers if device.type == "cpu" else 1
-    plain = _built(network, "eager", batch_size, precision, workers)
+    plain = built(network, "eager", batch_size, precision)
     if not crops:
         return Choice(plain, (Trial("eager"),), "short job")
     passes = count / workers / batch_size
+    if device.type != "cpu":
+        _timed(plain, _batch(crops, batch_size))  # The first pass sets up the device's libraries.
     seconds = _timed(plain, _batch(crops, batch_size))  # Cold, an estimate that costs a short job next to nothing.
     tried = _worth_trying(device, seconds, passes) if engine == "auto" else [engine] if engine != "eager" else []
     reason = "named" if engine != "auto" else "fastest" if tried else "short job"
     if not tried and precision == "fp32":
         return Choice(plain, (Trial("eager", seconds, batch_size / seconds),), reason)
-    reference, expected, first = _trial(_built(network, "eager", batch_size, "fp32", workers), crops, None, "fp32")
+
+    def attempt(name: str, precision: str) -> tuple[Engine | None, Sequence[Embeddings], Trial]:
+        return _trial(name, partial(built, network, name, batch_size, precision, workers), crops, expected, precision)
+
+    expected: Sequence[Embeddings] = []
+    reference, expected, first = attempt("eager", "fp32")
     if reference is None:
         raise BackboneError(first.dropped)
     trials, engines = [first], {"eager": reference}
     if precision != "fp32":
-        lower, _, trial = _trial(plain, crops, expected, precision)
+        lower, _, trial = attempt("eager", precision)
         if lower is None:
             raise BackboneError(f"this backbone cannot compute in {precision}: {trial.dropped}")
         trials, engines = [trial], {"eager": lower}
     for name in tried:
         if engine == "auto" and name == "openvino" and not _pays(trials, passes):
             continue
-        build = partial(_built, network, name, batch_size, precision, workers)
-        found, _, trial = _trial(build, crops, expected, precision)
-        trials.append(replace(trial, engine=name))
+        found, _, trial = attempt(name, precision)
+        trials.append(trial)
         if found is not None:
             engines[name] = found
         elif engine == name:
@@ -148,10 +126,11 @@ def choose(
     return Choice(engines[engine if engine in engines else best], tuple(trials), reason)
 
 
-def _built(network: Network, name: str, batch_size: int, precision: str, workers: int) -> Engine:
+def built(network: Network, name: str, batch_size: int, precision: str, workers: int = 1) -> Engine:
     """Return an engine, built once for a network: what a compiler makes is never given back."""
     options = {"threads": workers} if name == "openvino" else {}
-    key = (name, batch_size, precision, *options.values())
+    # A graph keeps the number of threads that it was built with.
+    key = (name, batch_size, precision, torch.get_num_threads() if name == "graph" else 0, *options.values())
     if key not in network.engines:
         network.engines[key] = ENGINES[name](network, batch_size, precision, **options)
     engine: Engine = network.engines[key]
@@ -178,22 +157,23 @@ def _pays(trials: Sequence[Trial], passes: float) -> bool:
 
 
 def _trial(
-    build: Engine | Callable[[], Engine],
+    name: str,
+    build: Callable[[], Engine],
     crops: Sequence[Pixels],
-    expected: Sequence[Embeddings] | None,
+    expected: Sequence[Embeddings],
     precision: str,
 ) -> tuple[Engine | None, Sequence[Embeddings], Trial]:
     """Build an engine, time it and compare it; None with the reason when it is no candidate."""
     try:
         started = time.perf_counter()
-        engine = build if isinstance(build, Engine) else build()
+        engine = build()
         found = engine(crops)
         built = time.perf_counter() - started
         batch = _batch(crops, engine.batch_size)
         seconds = min(_timed(engine, batch) for _ in range(_ROUNDS))
     except Exception as error:  # Compilers fail in ways of their own; whatever it is, this one is no candidate.
-        return None, [], Trial("eager", dropped=" ".join(f"{type(error).__name__}: {error}".split())[:200])
-    trial = Trial(engine.name, seconds, engine.batch_size / seconds, build_seconds=built)
+        return None, [], Trial(name, dropped=" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    trial = Trial(name, seconds, engine.batch_size / seconds, build_seconds=built)
     if not all(np.isfinite(embeddings).all() for embeddings in found):
         text = "it returned infinities or NaN for real pixels; are these its own weights"
         text += "?" if precision == "fp32" else f", and small enough for {precision}?"

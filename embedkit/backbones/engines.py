@@ -70,9 +70,11 @@ def in_precision(network: Network, precision: str) -> Network:
     """Return the network itself, or a copy that computes in half of the bits."""
     if precision == "fp32":
         return network
-    model = copy.deepcopy(network.model).to(DTYPES[precision])
-    device = _device(network)
-    return Network(model, network.preprocessing, network.pools, network.views).to(device).eval()
+    if precision not in network.copies:
+        model = copy.deepcopy(network.model).to(DTYPES[precision])
+        lower = Network(model, network.preprocessing, network.pools, network.views)
+        network.copies[precision] = lower.to(_device(network)).eval()
+    return network.copies[precision]
 
 
 def eager(network: Network, batch_size: int, precision: str = "fp32") -> Engine:

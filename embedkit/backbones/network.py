@@ -39,6 +39,7 @@ class Network(nn.Module):
         self.model, self.preprocessing, self.pools, self.views = model, preprocessing, tuple(pools), tuple(views)
         self._taps = Taps(model, self.pools)
         self.engines: dict[tuple[Any, ...], Any] = {}
+        self.copies: dict[str, Network] = {}  # In other precisions.
         self.pixels = whole_size(preprocessing, views)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         # (x / 255 - mean) / std as one multiplication and one addition.

@@ -208,22 +208,20 @@ def embed_many(backbone: Backbone, items: Any, batch_size: int, workers: int | N
     """Return the embeddings of a sequence of images, of shape (n, d); the first that cannot be read is an error."""
     processors = usable_processors()
     workers = workers or processors
-    count = len(items) if hasattr(items, "__len__") else None
-    forward = backbone.embed_pixels
-    if count is None:
-        pass  # An iterator: as many as there may be.
-    elif count > batch_size * workers:
-        sample = [backbone.pixels(image) for image in items[:batch_size]]
-        engine = backbone.choose_engine(sample, count, batch_size=batch_size, workers=workers).engine
-        forward = partial(_run_by, backbone, engine)
-    else:
+    count = len(items) if hasattr(items, "__len__") else None  # An iterator may have any number.
+    if count is not None:
         workers = max(1, min(workers, -(-count // batch_size)))  # Few images: more threads for each instead.
+    threads = max(1, processors // workers)
+    forward = backbone.embed_pixels
+    if count is not None and count > batch_size * workers:
+        sample = [backbone.pixels(image) for image in itertools.islice(items, batch_size)]
+        choice = backbone.choose_engine(sample, count, batch_size=batch_size, workers=workers, threads=threads)
+        forward = partial(_run_by, backbone, choice.engine)
     steps = Steps(lambda image: image, lambda image, _: backbone.pixels(image), forward)
     accelerator = backbone.device.type != "cpu"
     parts = [np.empty((0, backbone.dim), dtype=np.float32)]
     for batch in stream(
-        in_batches(items, batch_size), steps, workers=workers, threads=max(1, processors // workers),
-        accelerator=accelerator,
+        in_batches(items, batch_size), steps, workers=workers, threads=threads, accelerator=accelerator,
     ):  # fmt: skip
         if batch.failures:
             raise batch.failures[0][1]

@@ -57,8 +57,7 @@ def compute(
 ) -> tuple[Progress, str]:
     """Compute the parts that are to do, in their order, and return how it ended, and the reason of a failure."""
     total = len(listing.files) + len(listing.failures)
-    waiting = sum(len(update.plan.part(number)) for number in update.todo)
-    done = kept = committed = total - waiting
+    done = kept = committed = total - update.waiting
     before = [*listing.failures, *update.failures]
     failed, reason = len(before), next((f"{id}: {why}" for id, why in before), "")
     timing = Timing(job.workers if job else 1, accelerator=job is not None and job.backbone.device.type != "cpu")

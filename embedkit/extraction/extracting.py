@@ -151,7 +151,7 @@ def extract(
             retry_failed=retry_failed,
         )
         try:
-            job = settling.job(sum(len(update.plan.part(number)) for number in update.todo), update.plan.batch_size)
+            job = settling.job(update.waiting, update.plan.batch_size)
             end, reason = compute(run, update, listing, job, progress)
             if end.failed == end.total:
                 run.abandon()

@@ -214,6 +214,9 @@ class Run:
         if information.items() <= self.header.information.items():
             return
         self.header = dataclasses.replace(self.header, information={**self.header.information, **information})
+        self._write_note()
+
+    def _write_note(self) -> None:
         if len(self.plan.ids):
             write_note(self.folder, self.header, None if self.base is None else self.base.content_id, self.plan)
 
@@ -272,8 +275,7 @@ class Run:
             first = max([self.plan.parts.stop, *(number + 1 for number in written)])
             batches = max(1, part_size(len(missing)) // batch_size)
             self.plan = Plan(first, batches * batch_size, batch_size, missing)
-            if len(missing):
-                write_note(self.folder, self.header, None if self.base is None else self.base.content_id, self.plan)
+            self._write_note()
         return self.plan, [number for number in self.plan.parts if number not in written]
 
     def _warn_about_space(self, missing: int, total: int) -> None:

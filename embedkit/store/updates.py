@@ -72,6 +72,11 @@ class Update:
     failures: list[tuple[str, str]]
     changes: Changes
 
+    @property
+    def waiting(self) -> int:
+        """Images of the parts that are still to be written."""
+        return sum(len(self.plan.part(number)) for number in self.todo)
+
 
 def content_of(header: Header, update: Update, known: Known) -> Content:
     """Return the store that holds an update's inventory, from what is known now that its parts are written."""

@@ -108,6 +108,21 @@ class BackboneError(EmbedkitError, ValueError):
     """The backbone is unknown, its weights cannot be had, or they do not fit its architecture."""
 
 
+FAILURE_KINDS = (
+    "missing",  # no such file
+    "permission",  # the system does not let us read it
+    "unreadable",  # the disk, the network or the archive fails
+    "empty",  # no bytes
+    "not-an-image",  # bytes of something else, a folder, a device
+    "unsupported",  # an image of a kind that is not read
+    "truncated",  # the end is missing
+    "damaged",  # a decoder gives up
+    "too-large",  # more pixels or bytes than the limit
+    "timeout",  # takes longer than the limit, or ends its process
+    "refused",  # a name or a link that leaves its root
+)
+
+
 class ImageError(EmbedkitError, ValueError):
     """An image cannot be read.
 
@@ -117,17 +132,20 @@ class ImageError(EmbedkitError, ValueError):
         The image's id or path.
     reason : str
         Why it cannot be read, in one line.
+    kind : str, default "damaged"
+        One of `FAILURE_KINDS`, for programs and for counting.
 
     Attributes
     ----------
-    id, reason : str
+    id, reason, kind : str
         As passed in.
     """
 
-    def __init__(self, id: str, reason: str) -> None:
+    def __init__(self, id: str, reason: str, kind: str = "damaged") -> None:
         self.id = id
         self.reason = reason
-        super().__init__(id, reason)
+        self.kind = kind
+        super().__init__(id, reason, kind)
 
     def __str__(self) -> str:
         return f"{self.id}: {self.reason}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import embedkit as ek
 from embedkit.backbones import usable_processors
 from embedkit.backbones.streaming import with_threads
-from embedkit.images import list_images
+from embedkit.sources import list_folder
 
 SAMPLE = 256
 ROUNDS = 3
@@ -33,7 +33,7 @@ def main() -> None:
     if not images.is_dir():
         sys.exit(f"{images} does not exist; name a folder of images and a model, or set EMBEDKIT_DATA")
     backbone = ek.Backbone.load(model)
-    files = list_images(images).files
+    files = list_folder(images).files
     sample = files[:: max(1, len(files) // SAMPLE)][:SAMPLE]
     workers = usable_processors()
     print(f"{backbone.description}; {len(files):,} images, {workers} workers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections import deque
@@ -16,7 +15,8 @@ import numpy.typing as npt
 
 from embedkit.backbones import Backbone, Batch, Engine, Steps, stream
 from embedkit.extraction.progress import Progress, Timing
-from embedkit.images import ImageFile, Listing, read_bytes, status_of
+from embedkit.images import Data
+from embedkit.sources import Entry, Listing, content_sha256
 from embedkit.store import Failures, Images, Rows, Run, Update
 from embedkit.store.tables import lookup
 
@@ -46,7 +46,7 @@ class Job:
 class _Reading:
     """One image on its way through the pipeline, with what was seen of its file when it was read."""
 
-    file: ImageFile
+    entry: Entry
     size: int = 0
     mtime_ns: int = 0
     sha256: bytes = bytes(32)
@@ -58,7 +58,7 @@ def compute(
     """Compute the parts that are to do, in their order, and return how it ended, and the reason of a failure."""
     total = len(listing.files) + len(listing.failures)
     done = kept = committed = total - update.waiting
-    before = [*listing.failures, *update.failures]
+    before = [*((failure.id, failure.reason) for failure in listing.failures), *update.failures]
     failed, reason = len(before), next((f"{id}: {why}" for id, why in before), "")
     timing = Timing(job.workers if job else 1, accelerator=job is not None and job.backbone.device.type != "cpu")
 
@@ -108,11 +108,11 @@ def _commit(run: Run, number: int, rows: Sequence[_Computed]) -> float:
 def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int, bool, _Computed], None, None]:
     """Yield part, whether the part ends, and what became of the batch; the pipeline flows across the parts."""
 
-    def read(reading: _Reading) -> bytes:
+    def read(reading: _Reading) -> Data:
         # Looked at before it is read: when somebody writes to it meanwhile, the next run sees another time.
-        reading.size, reading.mtime_ns = status_of(reading.file.path)
-        data = read_bytes(reading.file.path, reading.file.id)
-        reading.sha256 = hashlib.sha256(data).digest()
+        reading.size, reading.mtime_ns = reading.entry.status()
+        data = reading.entry.read()
+        reading.sha256 = content_sha256(data)
         return data
 
     def planned() -> Iterator[tuple[int, bool, list[_Reading]]]:
@@ -124,7 +124,7 @@ def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int,
 
     plan, copy = itertools.tee(planned())
     steps = Steps(
-        read, lambda data, reading: job.backbone.pixels(data, id=reading.file.id),
+        read, lambda data, reading: job.backbone.pixels(data, id=reading.entry.id),
         lambda crops: job.backbone.run(job.engine, crops, job.layers),
     )  # fmt: skip
     batches = stream(
@@ -140,11 +140,11 @@ def _rows(batches: Sequence[Batch[_Reading, dict[str, npt.NDArray[np.float32]]]]
     good = [reading for batch in batches for reading in batch.items]
     bad = [(reading, error.reason) for batch in batches for reading, error in batch.failures]
     images = Images.of(
-        [reading.file.id for reading in good], [reading.size for reading in good],
+        [reading.entry.id for reading in good], [reading.size for reading in good],
         [reading.mtime_ns for reading in good], [reading.sha256 for reading in good],
     )  # fmt: skip
     failures = Failures.of(
-        [reading.file.id for reading, _ in bad], [reason for _, reason in bad],
+        [reading.entry.id for reading, _ in bad], [reason for _, reason in bad],
         [reading.size for reading, _ in bad], [reading.mtime_ns for reading, _ in bad],
     )  # fmt: skip
     names = batches[0].embeddings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
@@ -20,7 +19,7 @@ from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.computing import Job, compute
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
-from embedkit.images import ImageFile, Listing, list_files, list_images, read_bytes, status_of
+from embedkit.sources import Entry, Listing, content_sha256, list_files, list_folder
 from embedkit.store import Inventory, Run, Store
 from embedkit.store.format import is_layer_name
 
@@ -129,7 +128,7 @@ def extract(
     >>> store.embeddings.shape  # doctest: +SKIP
     (1200, 512)
     """
-    listing = list_images(images) if isinstance(images, str | os.PathLike) else list_files(images)
+    listing = list_folder(images) if isinstance(images, str | os.PathLike) else list_files(images)
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone)
     names = tuple(_checked_layers(backbone, layers))
@@ -241,7 +240,7 @@ class _Settling:
         started = time.perf_counter()
         for number in np.linspace(0, len(files) - 1, min(4 * _SAMPLE, len(files))).astype(int).tolist():
             try:
-                crops.append(self.backbone.pixels(read_bytes(files[number].path), id=files[number].id))
+                crops.append(self.backbone.pixels(files[number].read(), id=files[number].id))
             except ImageError:
                 continue  # Its reason is found, and kept, when its turn comes.
             if len(crops) == _SAMPLE:
@@ -252,7 +251,7 @@ class _Settling:
 
 
 def _inventory(listing: Listing) -> Inventory:
-    status = np.array([status_of(file.path) for file in listing.files], dtype=np.int64).reshape(-1, 2)
+    status = np.array([file.status() for file in listing.files], dtype=np.int64).reshape(-1, 2)
     codes = {name: code for code, name in enumerate(listing.classes)}
     labels = [-1 if file.label is None else codes[file.label] for file in listing.files]
     return Inventory(
@@ -261,16 +260,16 @@ def _inventory(listing: Listing) -> Inventory:
         mtimes_ns=status[:, 1],
         labels=np.array(labels, dtype=np.int32) if listing.classes else None,
         classes=listing.classes,
-        failures=listing.failures,
+        failures=[(failure.id, failure.reason) for failure in listing.failures],
     )
 
 
-def _hashes(files: Sequence[ImageFile], numbers: list[int], workers: int | None) -> Iterator[tuple[int, bytes]]:
+def _hashes(files: Sequence[Entry], numbers: list[int], workers: int | None) -> Iterator[tuple[int, bytes]]:
     """Yield the SHA-256 of some files, without those that cannot be read."""
 
     def sha256(number: int) -> bytes | None:
         try:
-            return hashlib.sha256(read_bytes(files[number].path, files[number].id)).digest()
+            return content_sha256(files[number].read())
         except ImageError:
             return None
 

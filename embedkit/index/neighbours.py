@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from embedkit.backbones import Backbone
 from embedkit.errors import EmbeddingShapeError, ImageError, StoreFormatError
-from embedkit.images import inside
+from embedkit.sources import inside
 from embedkit.store import Store
 
 

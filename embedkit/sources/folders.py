@@ -1,12 +1,11 @@
-"""Images that are files: those below a folder, and those that are named one by one."""
+"""Images that are files below a folder."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from embedkit.errors import ImageError
@@ -93,36 +92,6 @@ def list_folder(root: str | os.PathLike[str], *, follow_links: bool = False) -> 
         )
     classes = classes_of(map(first_folder, walk.ids)) if files.shaped else []
     return Listing(root, files, classes, walk.failures, walk.ignored)
-
-
-def list_files(paths: Iterable[str | os.PathLike[str]]) -> Listing:
-    """List images that are named one by one, whatever they are called.
-
-    Parameters
-    ----------
-    paths : iterable of path-like
-        In any order.
-
-    Returns
-    -------
-    Listing
-        Below the deepest folder that holds them all, without classes.
-
-    Raises
-    ------
-    ImageError
-        When there is none, or one is named twice.
-    """
-    absolute = [os.path.abspath(os.fspath(path)) for path in paths]
-    if not absolute:
-        raise ImageError("the list of images", "it is empty", "empty")
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    files = [ImageFile(Path(os.path.relpath(path, root)).as_posix(), path) for path in absolute]
-    files.sort(key=lambda file: os.fsencode(file.id))
-    for left, right in pairwise(files):
-        if left.id == right.id:
-            raise ImageError(left.path, "it is in the list twice", "refused")
-    return Listing(Path(root), files, [], [], 0)
 
 
 def is_called(name: str, suffixes: tuple[str, ...]) -> bool:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
         StoreNotFoundError,
     )
     from embedkit.evaluation import Report, probe
-    from embedkit.extraction import extract
+    from embedkit.extraction import estimate, extract
     from embedkit.index import Index
+    from embedkit.sources import list_images
     from embedkit.spec import EmbeddingSpec, Preprocessing
     from embedkit.store import Store
 
@@ -51,7 +52,9 @@ __all__ = [
     "StoreFormatError",
     "StoreNotFoundError",
     "__version__",
+    "estimate",
     "extract",
+    "list_images",
     "list_models",
     "probe",
 ]
@@ -63,7 +66,9 @@ _ROOMS = {
     "Preprocessing": "spec",
     "Report": "evaluation",
     "Store": "store",
+    "estimate": "extraction",
     "extract": "extraction",
+    "list_images": "sources",
     "list_models": "backbones",
     "probe": "evaluation",
 }

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from embedkit import Backbone, ImageError, Store, extract
 from embedkit.backbones import import_timm
 from embedkit.extraction import Measured, Progress
+from embedkit.index import image_path
+from embedkit.sources import list_images
 from embedkit.store import Changes
 
 
@@ -273,3 +275,33 @@ def test_a_report_that_cannot_be_written_is_an_error_before_anything_is_computed
     with pytest.raises(FileNotFoundError):
         extract(photos, tmp_path / "s.h5", backbone, report=tmp_path / "missing" / "run.json")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_listing_of_several_folders_is_extracted_and_shown(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    other = tmp_path / "more"
+    shutil.copytree(photos, other)
+    listing = list_images(photos, f"again={other}", exclude=["*.gif"])
+    store = extract(listing, tmp_path / "s.h5", backbone)
+    assert store.ids == [file.id for file in listing.files]
+    assert {id.partition("/")[0] for id in store.ids} == {photos.name, "again"}
+    assert store.information["sources"] == {photos.name: str(photos), "again": str(other)}
+    path = image_path(store, next(id for id in store.ids if id.startswith("again/")))
+    assert path is not None and path.is_file() and path.is_relative_to(other)
+
+
+@pytest.mark.parametrize("allowed", [0, 2, 0.01])
+def test_too_many_failures_end_a_run_and_keep_what_is_computed(
+    photos: Path, backbone: Backbone, tmp_path: Path, allowed: float
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    for number in range(3):
+        (mixed / f"zz{number}.jpg").write_bytes(b"not an image")  # Read last.
+    with pytest.raises(ImageError, match=r"zz\d\.jpg: .*; with it [123] of \d+ images have failed, and \d may") as caught:
+        extract(mixed, tmp_path / "s.h5", backbone, max_failures=allowed, batch_size=1, part_size=1)
+    assert caught.value.kind == "not-an-image" and Store.status(tmp_path / "s.h5").state == "unfinished"
+    progress: list[Progress] = []
+    store = extract(mixed, tmp_path / "s.h5", backbone, max_failures=3, progress=progress.append)
+    assert len(store.failures) == 3 and progress[-1].changes.resumed > 0
+    with pytest.raises(ImageError, match="3 of"):  # A finished store is judged again.
+        extract(mixed, tmp_path / "s.h5", backbone, max_failures=2)

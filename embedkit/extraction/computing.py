@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone, Batch, Engine, Steps, stream
+from embedkit.errors import ImageError
 from embedkit.extraction.progress import Progress, Timing
 from embedkit.images import Data
 from embedkit.sources import Entry, Listing, content_sha256
@@ -52,51 +53,91 @@ class _Reading:
     sha256: bytes = bytes(32)
 
 
+_Computed = Batch[_Reading, dict[str, npt.NDArray[np.float32]]]
+
+
 def compute(
-    run: Run, update: Update, listing: Listing, job: Job | None, progress: Callable[[Progress], None] | None
-) -> tuple[Progress, str]:
-    """Compute the parts that are to do, in their order, and return how it ended, and the reason of a failure."""
-    total = len(listing.files) + len(listing.failures)
-    done = kept = committed = total - update.waiting
-    before = [*((failure.id, failure.reason) for failure in listing.failures), *update.failures]
-    failed, reason = len(before), next((f"{id}: {why}" for id, why in before), "")
-    timing = Timing(job.workers if job else 1, accelerator=job is not None and job.backbone.device.type != "cpu")
-
-    def report() -> Progress:
-        state = Progress(done, total, failed, kept, committed, update.changes, timing.measured())
-        if progress is not None:
-            progress(state)
-        return state
-
-    state = report()
+    run: Run,
+    update: Update,
+    listing: Listing,
+    job: Job | None,
+    progress: Callable[[Progress], None] | None,
+    max_failures: int | float | None,
+) -> tuple[Progress, ImageError | None]:
+    """Compute the parts that are to do, in their order, and return how it ended, and one failure if there was any."""
+    tally = _Tally(len(listing.files) + len(listing.failures), update, job, progress, max_failures)
+    tally.fail([*listing.failures, *(ImageError(id, reason) for id, reason in update.failures)])
+    state = tally.report()
     if job is None:
-        return state, reason
+        return state, tally.first
     with ThreadPoolExecutor(1, thread_name_prefix="embedkit-commit") as writer:
         commits: deque[tuple[Future[float], int]] = deque()
         rows: list[_Computed] = []
         with closing(_batches(update, listing, job)) as batches:  # Whatever happens here, the workers end.
             for number, ends, batch in batches:
                 rows.append(batch)
-                done += len(batch.items) + len(batch.failures)
-                failed += len(batch.failures)
-                timing.add(batch.seconds, len(batch.items) + len(batch.failures))
-                reason = reason or next((str(error) for _, error in batch.failures), "")
+                tally.add(batch)
                 if ends:
                     count = sum(len(batch.items) + len(batch.failures) for batch in rows)
                     commits.append((writer.submit(_commit, run, number, rows), count))
                     rows = []
                 while commits and (commits[0][0].done() or len(commits) > 2):
-                    commit, count = commits.popleft()
-                    timing.commit += commit.result()
-                    committed += count
-                report()
+                    tally.commit(*commits.popleft())
+                tally.fail([error for _, error in batch.failures])
+                tally.report()
         for commit, count in commits:
-            timing.commit += commit.result()
-            committed += count
-    return report(), reason
+            tally.commit(commit, count)
+    return tally.report(), tally.first
 
 
-_Computed = Batch[_Reading, dict[str, npt.NDArray[np.float32]]]
+class _Tally:
+    """Counts what becomes of the images of a run, and ends it when too many fail."""
+
+    def __init__(
+        self, total: int, update: Update, job: Job | None, progress: Callable[[Progress], None] | None,
+        max_failures: int | float | None,
+    ) -> None:  # fmt: skip
+        self.total, self.changes, self.progress = total, update.changes, progress
+        self.done = self.kept = self.committed = total - update.waiting
+        self.failed = 0
+        self.first: ImageError | None = None
+        self.allowed = total if max_failures is None else max_failures
+        if isinstance(self.allowed, float) and self.allowed < 1:
+            self.allowed *= total
+        self.timing = Timing(job.workers if job else 1, job is not None and job.backbone.device.type != "cpu")
+
+    def add(self, batch: _Computed) -> None:
+        """Count a batch, before its failures."""
+        count = len(batch.items) + len(batch.failures)
+        self.done += count
+        self.timing.add(batch.seconds, count)
+
+    def commit(self, commit: Future[float], images: int) -> None:
+        """Count what is written durably."""
+        self.timing.commit += commit.result()
+        self.committed += images
+
+    def fail(self, errors: Sequence[ImageError]) -> None:
+        """Count failures."""
+        self.failed += len(errors)
+        self.first = self.first or next(iter(errors), None)
+        if self.failed > self.allowed:
+            last = errors[-1]
+            raise ImageError(
+                last.id,
+                f"{last.reason}; with it {self.failed:,} of {self.total:,} images have failed, and "
+                f"{int(self.allowed):,} may; what is computed is kept",
+                last.kind,
+            )
+
+    def report(self) -> Progress:
+        """Tell whoever listens how far the run is."""
+        state = Progress(
+            self.done, self.total, self.failed, self.kept, self.committed, self.changes, self.timing.measured()
+        )
+        if self.progress is not None:
+            self.progress(state)
+        return state
 
 
 def _commit(run: Run, number: int, rows: Sequence[_Computed]) -> float:

@@ -19,7 +19,7 @@ from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.computing import Job, compute
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
-from embedkit.sources import Entry, Listing, content_sha256, list_files, list_folder
+from embedkit.sources import Entry, Listing, content_sha256, list_files, list_images
 from embedkit.store import Inventory, Run, Store
 from embedkit.store.format import is_layer_name
 
@@ -33,7 +33,7 @@ log = logging.getLogger("embedkit")
 
 
 def extract(
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    images: str | os.PathLike[str] | Listing | Iterable[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     backbone: Backbone | str,
     *,
@@ -47,6 +47,7 @@ def extract(
     checksum: bool = False,
     retry_failed: bool = False,
     repair: bool = False,
+    max_failures: int | float | None = None,
     progress: Callable[[Progress], None] | None = None,
     report: str | os.PathLike[str] | None = None,
 ) -> Store:
@@ -62,10 +63,10 @@ def extract(
 
     Parameters
     ----------
-    images : path-like, or iterable of path-likes
-        The folder, searched recursively. When no image lies in the folder itself, the first folder below it is each
-        image's class. Or image files one by one: ids are then relative to the deepest folder that holds them all, and
-        there are no classes.
+    images : path-like, Listing, or iterable of path-likes
+        A source of `list_images`, mostly a folder, which is searched recursively: when no image lies in the folder
+        itself, the first folder below it is each image's class. Or what `list_images` returned. Or image files one by
+        one: ids are then relative to the deepest folder that holds them all, and there are no classes.
     output : path-like
         The store to make or update.
     backbone : Backbone or str
@@ -96,6 +97,9 @@ def extract(
         Whether images that failed before are tried again.
     repair : bool, default False
         Whether rows of the store that do not match their checksums are computed again.
+    max_failures : int or float, optional
+        How many images may fail, or below 1 which share of all of them; with one more the run ends, and what is
+        computed is kept. 0 ends it at the first. By default any number may.
     progress : callable, optional
         Called with a `Progress` after every batch. What it raises ends the run; what was computed is kept.
     report : path-like, optional
@@ -109,7 +113,7 @@ def extract(
     Raises
     ------
     ImageError
-        When there is no such folder, no image in it, or none that can be read.
+        When there is no such folder, no image in it, none that can be read, or more that cannot than `max_failures`.
     StoreBusyError
         When another process is writing the store.
     SpecMismatchError
@@ -128,10 +132,10 @@ def extract(
     >>> store.embeddings.shape  # doctest: +SKIP
     (1200, 512)
     """
-    listing = list_folder(images) if isinstance(images, str | os.PathLike) else list_files(images)
+    listing = listed(images)
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone)
-    names = tuple(_checked_layers(backbone, layers))
+    names = tuple(checked_layers(backbone, layers))
     specs = {layer: backbone.layer_spec(layer) for layer in names}
     information = _information(listing, backbone)
     run = Run(output, backbone.spec, layers=specs, information=information, overwrite=overwrite, repair=repair)
@@ -151,11 +155,13 @@ def extract(
         )
         try:
             job = settling.job(update.waiting, update.plan.batch_size)
-            end, reason = compute(run, update, listing, job, progress)
+            end, first = compute(run, update, listing, job, progress, max_failures)
             if end.failed == end.total:
                 run.abandon()
                 raise ImageError(
-                    os.fspath(listing.root), f"none of its {end.failed} images could be read; the first: {reason}"
+                    os.fspath(listing.root),
+                    f"none of its {end.failed} images could be read; the first: {first}",
+                    "damaged" if first is None else first.kind,
                 )
             run.finalise(update)
         except (OSError, KeyboardInterrupt):
@@ -164,6 +170,13 @@ def extract(
     if report is not None:
         write_report(report, end, job, settling.choice, time.process_time() - cpu_seconds)
     return Store.open(output)
+
+
+def listed(images: str | os.PathLike[str] | Listing | Iterable[str | os.PathLike[str]]) -> Listing:
+    """Return the listing of what `extract` takes."""
+    if isinstance(images, Listing):
+        return images
+    return list_images(images) if isinstance(images, str | os.PathLike) else list_files(images)
 
 
 class _Settling:
@@ -282,8 +295,8 @@ def _hashes(files: Sequence[Entry], numbers: list[int], workers: int | None) -> 
                     yield number, found
 
 
-def _checked_layers(backbone: Backbone, layers: Iterable[str]) -> list[str]:
-    """Return the whole names of layers."""
+def checked_layers(backbone: Backbone, layers: Iterable[str]) -> list[str]:
+    """Return the whole names of layers, which must be ones that can be extracted together."""
     if isinstance(layers, str):
         raise BackboneError(f"layers are several names, got {layers!r}")
     names = [backbone.whole_name(layer) for layer in layers]
@@ -301,12 +314,19 @@ def _checked_layers(backbone: Backbone, layers: Iterable[str]) -> list[str]:
 def _information(listing: Listing, backbone: Backbone) -> dict[str, Any]:
     """Return what explains a run without deciding its numbers."""
     return {
-        "root": os.path.abspath(listing.root),
+        "root": _absolute(listing.root),
+        **({"sources": {name: _absolute(root) for name, root in listing.sources.items()}} if listing.sources else {}),
         "recipe": backbone.recipe,
         "device": str(backbone.device),
         "host": platform.node(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _absolute(root: str | os.PathLike[str]) -> str:
+    """Return a path as the next run may find it, and a URL as it is."""
+    text = os.fspath(root)
+    return text if "://" in text else os.path.abspath(text)
 
 
 _PACKAGES = ("embedkit", "timm", "torch", "torchvision", "pillow", "simplejpeg", "openvino", "numpy", "h5py")

@@ -20,6 +20,7 @@ from embedkit.backbones import Backbone
 from embedkit.errors import EmbeddingShapeError, ImageError, StoreFormatError
 from embedkit.sources import inside
 from embedkit.store import Store
+from embedkit.store.format import is_path
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,13 @@ class Index:
 
 def image_path(store: Store, id: str) -> Path | None:
     """Return the file of an id, or None when the root is unknown or the id points out of it."""
+    root, rest = store.root, id
+    sources = store.information.get("sources")
+    if isinstance(sources, dict) and sources:  # Several, whose names the ids begin with.
+        name, _, rest = id.partition("/")
+        root = Path(sources[name]) if is_path(sources.get(name)) else None
     try:
-        return None if store.root is None else inside(store.root, id)
+        return None if root is None else inside(root, rest)
     except ImageError:
         return None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, overload
 
@@ -123,6 +123,8 @@ class Listing:
         What is called like an image and cannot be one, sorted by the bytes of the ids.
     ignored : int
         What is not called like an image, or is hidden.
+    sources : mapping of str to Path
+        Of several sources in one, the root of each by the name that its ids begin with.
     """
 
     root: Path | str
@@ -130,6 +132,7 @@ class Listing:
     classes: list[str]
     failures: list[ImageError]
     ignored: int
+    sources: Mapping[str, Path | str] = field(default_factory=dict)
 
 
 def content_sha256(data: Data) -> bytes:

@@ -1,0 +1,48 @@
+"""What the header of an image says, without decoding its pixels."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from embedkit.images.decoding import FORMATS
+from embedkit.images.regions import Data, Region
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image says of itself.
+
+    Attributes
+    ----------
+    format : str
+        Pillow's name of the file format; "pixels" when there is no file.
+    width, height : int
+        In pixels, as they lie in the file.
+    """
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: Data) -> Header | None:
+    """Return what an image says of itself, or None when it is none that can be opened.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from embedkit.images import read_header
+    >>> read_header(np.zeros((480, 640, 3), dtype=np.uint8))
+    Header(format='pixels', width=640, height=480)
+    """
+    if isinstance(data, np.ndarray):
+        return Header("pixels", data.shape[1], data.shape[0])
+    try:
+        with Image.open(io.BytesIO(data.data if isinstance(data, Region) else data), formats=FORMATS) as image:
+            return Header(image.format or "unknown", image.width, image.height)
+    except Exception:  # Whoever decodes the image finds out why, and says so.
+        return None

@@ -1,0 +1,214 @@
+"""Several listings as one, and some entries of a listing."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.errors import ImageError
+from embedkit.sources.entries import Entries, Entry, Listing, Renamed, by_bytes, classes_of
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Joined(Entries):
+    """Entries of several listings under ids that begin with the listing's name."""
+
+    names: Sequence[str]
+    listings: Sequence[Listing]
+    which: npt.NDArray[np.int32]
+    numbers: Numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def entry(self, number: int) -> Entry:
+        which = self.which[number]
+        entry = self.listings[which].files[int(self.numbers[number])]
+        return Renamed(f"{self.names[which]}/{entry.id}", entry)
+
+
+@dataclass(frozen=True)
+class _Some(Entries):
+    """Some entries of others, by their numbers."""
+
+    entries: Sequence[Entry]
+    numbers: Numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def entry(self, number: int) -> Entry:
+        return self.entries[int(self.numbers[number])]
+
+
+def join(listings: Mapping[str, Listing]) -> Listing:
+    """Return several listings as one, in which every id begins with the name of its listing.
+
+    Parameters
+    ----------
+    listings : mapping of str to Listing
+        By their names, which are parts of a path.
+
+    Returns
+    -------
+    Listing
+        An image keeps the class that it has in its own listing.
+
+    Examples
+    --------
+    >>> from embedkit.sources import ImageFile, Listing, join
+    >>> spring = Listing("spring", [ImageFile("1.jpg", "spring/1.jpg")], [], [], 0)
+    >>> autumn = Listing("autumn", [ImageFile("1.jpg", "autumn/1.jpg")], [], [], 0)
+    >>> [file.id for file in join({"spring": spring, "autumn": autumn}).files]
+    ['autumn/1.jpg', 'spring/1.jpg']
+    """
+    names, parts = list(listings), list(listings.values())
+    which = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.files) for part in parts])
+    numbers = np.concatenate([np.arange(len(part.files)) for part in parts]).astype(np.int64)
+    ids = [os.fsencode(f"{name}/{id}") for name, part in listings.items() for id in ids_of(part.files)]
+    order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
+    for left, right in itertools.pairwise(order.tolist()):
+        if ids[left] == ids[right]:  # Possible where names hold slashes.
+            raise ImageError(
+                os.fsdecode(ids[left]), "two sources have an image of this id; name them otherwise", "refused"
+            )
+    failures = [
+        ImageError(f"{name}/{failure.id}", failure.reason, failure.kind)
+        for name, part in listings.items()
+        for failure in part.failures
+    ]
+    return Listing(
+        root=_common_root([part.root for part in parts]),
+        files=_Joined(names, parts, which[order], numbers[order]),
+        classes=classes_of(itertools.chain.from_iterable(part.classes for part in parts)),
+        failures=sorted(failures, key=by_bytes),
+        ignored=sum(part.ignored for part in parts),
+        sources={name: part.root for name, part in listings.items()},
+    )
+
+
+def choose(
+    listing: Listing,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    limit: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    shard: tuple[int, int] | None = None,
+) -> Listing:
+    """Return some of the images of a listing.
+
+    Parameters
+    ----------
+    listing : Listing
+    include, exclude : sequence of str
+        Patterns with ``*``, ``?`` and ``[...]``. One without a slash is compared with the file's name, any other with
+        the whole id, in which ``*`` stands for slashes too. An image is taken when it matches one of `include`, if
+        there are any, and none of `exclude`.
+    limit : int, optional
+        Take the first so many, by their ids.
+    sample : int, optional
+        Take so many at random. Which ones depends on `seed` and the ids alone, so that most of them are taken again
+        after images have come and gone.
+    seed : int, default 0
+        Of the sample.
+    shard : tuple of int, optional
+        ``(i, n)``: take the i-th of n shards, 1 <= i <= n. An image's shard depends on its id and n alone, so every
+        image is in one shard, and stays there whatever comes and goes.
+
+    Returns
+    -------
+    Listing
+        `include`, `exclude` and `shard` choose first, then `sample`, then `limit`. Failures are chosen like images; a
+        sample and a limit leave them out.
+
+    Raises
+    ------
+    ImageError
+        When nothing is left.
+
+    Examples
+    --------
+    >>> from embedkit.sources import ImageFile, Listing, choose
+    >>> files = [ImageFile(id, id) for id in ("a/1.jpg", "a/2.png", "b/3.jpg")]
+    >>> listing = Listing(".", files, [], [], 0)
+    >>> [file.id for file in choose(listing, include=["*.jpg"], exclude=["b/*"]).files]
+    ['a/1.jpg']
+    """
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard i of n must have 1 <= i <= n, got {shard[0]} of {shard[1]}")
+    if min(limit or 1, sample or 1) < 1:
+        raise ValueError("limit and sample must be at least 1")
+    tests: list[Callable[[str], bool]] = []
+    if include or exclude:
+        tests.append(_matching(include, exclude))
+    if shard is not None:
+        index, count = shard
+        tests.append(lambda id: zlib.crc32(os.fsencode(id)) % count == index - 1)
+    if not tests and limit is None and sample is None:
+        return listing
+    ids = ids_of(listing.files)
+    kept = np.array([k for k, id in enumerate(ids) if all(test(id) for test in tests)], dtype=np.int64)
+    failures = [failure for failure in listing.failures if all(test(failure.id) for test in tests)]
+    if sample is not None:
+        kept = _sampled(listing.files, kept, sample, seed)
+    kept = kept[:limit]
+    if limit is not None or sample is not None:
+        failures = []
+    if not len(kept) and not failures:
+        raise ImageError(os.fspath(listing.root), f"none of its {len(listing.files):,} images is chosen", "missing")
+    files = _Some(listing.files, kept)
+    classes = classes_of(file.label for file in files) if listing.classes else []
+    return Listing(listing.root, files, classes, failures, listing.ignored, listing.sources)
+
+
+def ids_of(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the ids of entries."""
+    return (entry.id for entry in entries)
+
+
+def _matching(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    wanted, unwanted = _any_of(include), _any_of(exclude)
+    return lambda id: (not include or wanted(id)) and not unwanted(id)
+
+
+def _any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that says whether an id matches one of some patterns."""
+    whole = [pattern for pattern in patterns if "/" in pattern]
+    names = [pattern for pattern in patterns if "/" not in pattern]
+    nothing = r"(?!)"
+    match_whole, match_name = (
+        re.compile("|".join(map(fnmatch.translate, some)) or nothing).match for some in (whole, names)
+    )
+    return lambda id: bool(match_whole(id) or match_name(id.rpartition("/")[2]))
+
+
+def _sampled(entries: Sequence[Entry], kept: Numbers, count: int, seed: int) -> Numbers:
+    """Return the `count` whose ids have the smallest keyed hashes."""
+    key = str(seed).encode()
+    hashes = [
+        hashlib.blake2b(os.fsencode(entries[number].id), digest_size=8, key=key).digest() for number in kept.tolist()
+    ]
+    smallest = np.argsort(np.frombuffer(b"".join(hashes), dtype=">u8"), kind="stable")[:count]
+    return np.sort(kept[smallest])
+
+
+def _common_root(roots: Sequence[Path | str]) -> Path | str:
+    """Return the deepest folder above several sources; of sources elsewhere, their names."""
+    texts = [os.fspath(root) for root in roots]
+    if any("://" in text for text in texts):
+        return ", ".join(texts)
+    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(text)) for text in texts]))

@@ -4,103 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from embedkit.cli import printing
 from embedkit.cli.options import (
     FILE,
-    NAMES,
-    backbone_arguments,
-    backbone_options,
     device_option,
     json_option,
     layer_option,
     quiet_option,
 )
-
-
-@click.command()
-@click.argument("images", type=FILE)
-@click.option("-o", "--output", type=FILE, required=True, help="The store to make or update, such as photos.h5.")
-@click.option("-m", "--model", required=True, help="timm name, weight file, JSON sidecar, or folder with one.")
-@backbone_options
-@click.option(
-    "--layers", type=NAMES, default=(), metavar="POOL[,...]",
-    help="More embeddings from the same pass, such as avg,layer3:gem or -1,-4.",
-)  # fmt: skip
-@device_option
-@click.option("-b", "--batch-size", type=click.IntRange(1), help="Images a pass.  [default: 8, on a GPU 256]")
-@click.option("--part-size", type=click.IntRange(1), help="Images written at a time.  [default: 2 s of work]")
-@click.option("-j", "--workers", type=click.IntRange(1), help="Worker threads.  [default: one a processor]")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each worker's pass.  [default: 1]")
-@click.option(
-    "--engine", type=click.Choice(["auto", "eager", "graph", "openvino", "compile"]), default="auto",
-    show_default=True, help="How the network is run; auto tries them and takes the fastest that is exact.",
-)  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace a store that exists instead of updating it.")
-@click.option("--checksum", is_flag=True, help="Tell changed images by content, whatever their time says.")
-@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
-@click.option("--repair", is_flag=True, help="Compute rows again that do not match their checksums.")
-@click.option("--report", type=FILE, metavar="FILE", help="Write as JSON what was chosen and where the time went.")
-@json_option
-@quiet_option
-@click.pass_context
-def extract(
-    ctx: click.Context,
-    /,
-    images: Path,
-    output: Path,
-    model: str,
-    layers: tuple[str, ...],
-    device: str,
-    batch_size: int | None,
-    part_size: int | None,
-    workers: int | None,
-    threads: int | None,
-    engine: str,
-    overwrite: bool,
-    checksum: bool,
-    retry_failed: bool,
-    repair: bool,
-    report: Path | None,
-    as_json: bool,
-    quiet: bool,
-    **backbone_choices: Any,
-) -> None:
-    """Embed every image below the folder IMAGES into one store, or bring a store up to date with them.
-
-    When no image lies in IMAGES itself, the first folder below it is each image's class. An image that cannot be read
-    is recorded with its reason and never replaced; the exit code is then 3.
-
-    A run that was interrupted goes on where it stopped when the same command is given again. Of a store that exists,
-    unchanged images are kept without reading them, moved ones are recognised by their content, and only new and
-    changed ones are computed.
-    """
-    from embedkit.backbones import Backbone
-    from embedkit.extraction import extract as extract_images
-
-    started = time.perf_counter()
-    arguments, more = backbone_arguments(**backbone_choices)
-    backbone = Backbone.load(model, device=device, **arguments)
-    printing.notice(f"backbone: {backbone.description}", quiet)
-    with printing.ImageBar(quiet) as bar:
-        store = extract_images(
-            images, output, backbone, layers=(*more, *layers), batch_size=batch_size, part_size=part_size,
-            workers=workers, threads=threads, engine=engine, overwrite=overwrite, checksum=checksum,
-            retry_failed=retry_failed, repair=repair, progress=bar.update, report=report,
-        )  # fmt: skip
-    seconds = time.perf_counter() - started
-    printing.failures(store, quiet)
-    if as_json:
-        measured = {"seconds": round(seconds, 3), "images_per_second": round(bar.images_per_second, 2)}
-        click.echo(json.dumps({**store.summary(), **measured, "changes": bar.changes}))
-    else:
-        click.echo(printing.extraction_line(store, seconds, bar.images_per_second))
-    ctx.exit(3 if store.failures else 0)
 
 
 @click.command()

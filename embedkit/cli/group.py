@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from embedkit import __version__
-from embedkit.cli.commands import extract, info, models, probe, search
+from embedkit.cli.commands import info, models, probe, search
+from embedkit.cli.extraction import extract
 from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
 from embedkit.errors import EmbedkitError
@@ -23,6 +28,7 @@ class _Group(click.Group):
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         ctx.call_on_close(lambda: log.removeHandler(handler))
+        ctx.call_on_close(_interruptible())
         try:
             return super().invoke(ctx)
         except EmbedkitError as error:
@@ -34,8 +40,26 @@ class _Group(click.Group):
             error_lines(error)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted; a store appears only when it is whole, and what is computed is kept", err=True)
+            click.echo("interrupted; a store appears only when it is whole, and what is computed is kept", err=True)
             ctx.exit(130)
+
+
+def _interruptible() -> Callable[[], None]:
+    """Let the first Ctrl-C end what runs in good order, and the second at once; return how it was before."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # A store survives that at any moment.
+        click.echo("\nfinishing what is being written; Ctrl-C once more stops at once", err=True)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+
+    def restore() -> None:
+        signal.signal(signal.SIGINT, before)
+
+    return restore
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -56,6 +57,37 @@ class _KeyValue(click.ParamType):  # type: ignore[type-arg]
             return key, text
 
 
+class _CountOrShare(click.ParamType):  # type: ignore[type-arg]
+    """A number of images, or a percentage of all."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        if isinstance(value, int | float):
+            return value
+        try:
+            number = float(value[:-1]) / 100 if value.endswith("%") else int(value)
+        except ValueError:
+            number = -1
+        if number < 0 or (isinstance(number, float) and number >= 1):
+            self.fail(f"{value!r} is neither a number of images nor a percentage below 100 such as 1%", param, ctx)
+        return number
+
+
+class _Shard(click.ParamType):  # type: ignore[type-arg]
+    """i/n, the i-th of n."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        index, _, count = value.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            self.fail(f"{value!r} is not of the form i/n, such as 1/4, 2/4, 3/4 and 4/4", param, ctx)
+        return int(index), int(count)
+
+
 def _quiet(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
     if value:
         logging.getLogger("embedkit").setLevel(logging.WARNING)
@@ -107,7 +139,21 @@ _BACKBONE_OPTIONS = [
     ),
 ]  # fmt: skip
 
+_SOURCE_OPTIONS = [
+    click.option(
+        "--include", multiple=True, metavar="GLOB",
+        help="Take only images like this: a name such as *.png, or with a slash a whole id such as cat/*.",
+    ),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out images like this."),
+    click.option("--limit", type=click.IntRange(1), metavar="N", help="Take the first N."),
+    click.option("--sample", type=click.IntRange(1), metavar="N", help="Take N at random."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of --sample."),
+    click.option("--shard", type=_Shard(), metavar="I/N", help="Take the I-th of N shards; an image stays in its own."),
+    click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of a folder."),
+]  # fmt: skip
+
 NAMES = _Names()
+COUNT_OR_SHARE = _CountOrShare()
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."
@@ -118,6 +164,21 @@ layer_option = click.option("--layer", metavar="NAME", help="A layer of the stor
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, callback=_quiet, help="No progress and no notices on standard error, only warnings."
 )
+
+
+def source_options(command: Command) -> Command:
+    """Add the options of `list_images`, which `source_arguments` takes out of a command's."""
+    for option in reversed(_SOURCE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def source_arguments(choices: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of `list_images` out of the values of a command's options."""
+    from embedkit.sources import list_images
+
+    names = inspect.signature(list_images).parameters
+    return {name: choices.pop(name) for name in list(choices) if name in names}
 
 
 def backbone_options(command: Command) -> Command:

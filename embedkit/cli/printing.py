@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from embedkit.text import printable
 
 if TYPE_CHECKING:
     from embedkit.backbones import ModelInfo
-    from embedkit.extraction import Progress
+    from embedkit.extraction import Estimate, Progress
     from embedkit.index import SearchResult
     from embedkit.store import Status, Store
 
@@ -85,6 +86,12 @@ class CountBar:
         self._bar.update(done - self._bar.n)
 
 
+class SampleBar(CountBar):
+    """The bar of an estimate."""
+
+    unit = " images"
+
+
 class RowBar(CountBar):
     """The bar of what copies rows."""
 
@@ -135,6 +142,39 @@ def failures(store: Store, quiet: bool) -> None:
     more = len(store.failures) - SHOWN_FAILURES
     if more > 0:
         notice(f"... and {more:,} more; all of them: embedkit info {store.path}", quiet)
+
+
+def estimate_text(found: Estimate) -> str:
+    """Return what an extraction would find, take and need, for people."""
+
+    def counts(values: Mapping[str, int]) -> str:
+        shown = ", ".join(f"{count:,} {printable(name) or 'without a suffix'}" for name, count in values.items())
+        return shown or "none"
+
+    lines = [
+        ("images", f"{found.images:,}, {_bytes(found.image_bytes)}; {found.ignored:,} other files"),
+        ("named", counts(found.suffixes)),
+        ("labels", f"{len(found.labels):,} classes" if found.labels else "none"),
+        ("no images", counts(found.failures)),
+        ("sample", f"{found.sampled:,} read: {counts(found.formats)}; failed: {counts(found.sample_failures)}"),
+        ("pixels", f"{found.pixels[0]:,} to {found.pixels[2]:,}, median {found.pixels[1]:,}"),
+        ("speed", f"{found.images_per_second:.1f} images/s, all workers together"),
+        ("time", f"about {timedelta(seconds=round(found.seconds))}"),
+        ("store", f"about {_bytes(found.store_bytes)}"),
+        ("space", f"{_bytes(found.needed_bytes)} needed until it is finished, {_bytes(found.free_bytes)} free"),
+    ]
+    if found.memory_bytes is not None:
+        lines.append(("memory", f"about {_bytes(found.memory_bytes)}"))
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _bytes(count: int) -> str:
+    """Return a number of bytes with three digits or so."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:,.3g} TB"
 
 
 def extraction_line(store: Store, seconds: float, images_per_second: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone, Batch, Engine, Steps, stream
+from embedkit.errors import ImageError
 from embedkit.extraction.progress import Progress, Timing
 from embedkit.images import Data
 from embedkit.sources import Entry, Listing, content_sha256
@@ -58,8 +59,8 @@ def compute(
     """Compute the parts that are to do, in their order, and return how it ended, and the reason of a failure."""
     total = len(listing.files) + len(listing.failures)
     done = kept = committed = total - update.waiting
-    before = [*((failure.id, failure.reason) for failure in listing.failures), *update.failures]
-    failed, reason = len(before), next((f"{id}: {why}" for id, why in before), "")
+    before = [*listing.failures, *update.failures]
+    failed, reason = len(before), next(map(str, before), "")
     timing = Timing(job.workers if job else 1, accelerator=job is not None and job.backbone.device.type != "cpu")
 
     def report() -> Progress:
@@ -138,13 +139,13 @@ def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int,
 
 def _rows(batches: Sequence[Batch[_Reading, dict[str, npt.NDArray[np.float32]]]]) -> Rows:
     good = [reading for batch in batches for reading in batch.items]
-    bad = [(reading, error.reason) for batch in batches for reading, error in batch.failures]
+    bad = [failure for batch in batches for failure in batch.failures]
     images = Images.of(
         [reading.entry.id for reading in good], [reading.size for reading in good],
         [reading.mtime_ns for reading in good], [reading.sha256 for reading in good],
     )  # fmt: skip
     failures = Failures.of(
-        [reading.entry.id for reading, _ in bad], [reason for _, reason in bad],
+        [ImageError(reading.entry.id, error.reason, error.kind) for reading, error in bad],
         [reading.size for reading, _ in bad], [reading.mtime_ns for reading, _ in bad],
     )  # fmt: skip
     names = batches[0].embeddings

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from embedkit.errors import ImageError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Failures, Images, Inventory, Rows, Run
 
@@ -83,7 +84,9 @@ def _rows(part: dict[str, tuple[bytes, int]]) -> Rows:
     embeddings = np.array([list(sha256[:3]) for sha256 in hashes], dtype=np.float32).reshape(-1, 3)
     return Rows(
         Images.of(list(good), [len(content) for content, _ in good.values()], [t for _, t in good.values()], hashes),
-        Failures.of(list(bad), ["truncated"] * len(bad), [6] * len(bad), [time for _, time in bad.values()]),
+        Failures.of(
+            [ImageError(id, "truncated", "truncated") for id in bad], [6] * len(bad), [time for _, time in bad.values()]
+        ),
         {"": embeddings},
     )
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import csv
+import dataclasses
 import inspect
+import io
 import json
 import os
 import re
@@ -12,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import embedkit as ek
 from embedkit.cli import main
-from embedkit.cli.printing import status_line
-from embedkit.store import StoreWriter
+from embedkit.cli.printing import failures, status_line
+from embedkit.store import Images, Inventory, Run, StoreWriter
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -92,7 +96,9 @@ def test_exit_codes_tell_some_failures_from_all(photos: Path, tiny_backbone: Pat
     (root / "bad\x1b[31m.jpg").write_text("no")
     result = run("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, code=3)
     assert "1 failed" in result.stdout
-    assert r"failed: bad\x1b[31m.jpg: not an image" in result.stderr and "\x1b[31m" not in result.output
+    kind = ek.Store.open(tmp_path / "s.h5").failures[0].kind
+    assert rf"  {kind}  bad\x1b[31m.jpg: not an image" in result.stderr and "\x1b[31m" not in result.output
+    assert f"1 failed: 1 {kind}" in result.stderr and f"embedkit info {tmp_path / 's.h5'} --failures" in result.stderr
     info = run("info", tmp_path / "s.h5")
     assert r"bad\x1b[31m.jpg" in info.stdout and "\x1b" not in info.stdout
     shutil.rmtree(root)
@@ -148,6 +154,82 @@ def test_info_counts_and_shows_how_to_read_the_file(store: Path) -> None:
     assert values["digest"] == ek.Store.open(store).digest
 
 
+@pytest.fixture
+def failed(tmp_path: Path) -> Path:
+    """A store of three kinds of failures, one of them in names that are hard to print."""
+    spec = ek.EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=2)
+    with StoreWriter(tmp_path / "failed.h5", spec) as writer:
+        for number in range(1200):
+            writer.fail(f"{number:04}.jpg", "the file is empty", "empty")
+        writer.fail('odd, "\udce9".jpg', "the end, or\nmore", "truncated")
+        writer.fail("\x1b[31m\nforged.jpg", "\x1b[31m\nforged", "truncated")
+        writer.fail("x" * 90, "a named pipe", "not-an-image")
+        writer.finalise()
+    return tmp_path / "failed.h5"
+
+
+def test_info_counts_failures_by_kind_and_shows_the_first_of_each(failed: Path) -> None:
+    lines = run("info", failed).stdout.splitlines()
+    assert lines[lines.index("  failures   1,203") + 1 :][:10] == [
+        "        1,200  empty",
+        *[f"               000{number}.jpg: the file is empty" for number in range(3)],
+        "            2  truncated",
+        r"               \x1b[31m\nforged.jpg: \x1b[31m\nforged",
+        r'               odd, "\udce9".jpg: the end, or\nmore',
+        "            1  not-an-image",
+        f"               {'x' * 90}: a named pipe",
+        "    ... and 1,197 more (--failures lists them)",
+    ]
+    summary = json.loads(run("info", failed, "--json").stdout)
+    assert len(summary["failures"]) == 1203 and summary["failures"][-1]["kind"] == "not-an-image"
+
+
+def test_info_lists_failures_as_a_table_csv_or_json_lines(failed: Path, store: Path) -> None:
+    table = run("info", failed, "--failures").stdout.splitlines()
+    assert len(table) == 1203 and "\x1b" not in "".join(table)
+    assert table[0] == r"truncated     \x1b[31m\nforged.jpg".ljust(76) + r"\x1b[31m\nforged"
+    assert {line.index("the file is empty") for line in table if line.startswith("empty")} == {76}
+    assert table[-1] == f"not-an-image  {'x' * 90}  a named pipe"
+    expected = [dataclasses.asdict(failure) for failure in ek.Store.open(failed).failures]
+    lines = run("info", failed, "--failures", "--json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == expected
+    command = [sys.executable, "-m", "embedkit", "info", failed, "--failures", "--csv"]
+    written = subprocess.run(command, check=True, stdout=-1).stdout
+    text = io.StringIO(written.decode("utf-8", "surrogateescape"), newline="")
+    assert list(csv.DictReader(text)) == expected and b'"odd, ""\xe9"".jpg",truncated,' in written
+    assert run("info", store, "--failures").stdout == "" == run("info", store, "--failures", "--json").stdout
+    assert run("info", store, "--failures", "--csv").stdout_bytes == b"id,kind,error\r\n"
+    for wrong in (["--csv"], ["--failures", "--csv", "--json"]):
+        assert "--csv goes with --failures" in run("info", store, *wrong, code=2).stderr
+
+
+def test_the_summary_of_an_extraction_groups_failures_by_kind(failed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failures(ek.Store.open(failed), quiet=True)
+    assert capsys.readouterr().err == ""
+    failures(ek.Store.open(failed), quiet=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "1,203 failed: 1,200 empty, 2 truncated, 1 not-an-image",
+        *[f"  empty         000{number}.jpg: the file is empty" for number in range(3)],
+        r"  truncated     \x1b[31m\nforged.jpg: \x1b[31m\nforged",
+        r'  truncated     odd, "\udce9".jpg: the end, or\nmore',
+        f"  not-an-image  {'x' * 90}: a named pipe",
+        f"embedkit info {failed} --failures lists them",
+    ]
+
+
+def test_a_store_of_any_number_of_kinds_is_summed_up(tmp_path: Path) -> None:
+    errors = [ek.ImageError(f"{number:03}.jpg", "?", f"kind-{number:03}") for number in range(500)]
+    spec = ek.EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=2)
+    nothing = np.empty(0, dtype=np.int64)
+    with Run(tmp_path / "s.h5", spec) as unfinished:
+        there = Inventory(Images.empty().ids, nothing, nothing, failures=errors)
+        update = unfinished.prepare(there, lambda numbers: [], part_size=lambda count: 8, batch_size=4)
+        unfinished.finalise(update)
+    text = run("info", tmp_path / "s.h5").stdout
+    assert "kind-019" in text and "kind-020" not in text and "... and 480 more (--failures lists them)" in text
+    assert len(run("info", tmp_path / "s.h5", "--failures").stdout.splitlines()) == 500
+
+
 def test_what_a_file_says_is_printed_as_text(store: Path, tmp_path: Path) -> None:
     spec = ek.EmbeddingSpec(
         backbone="x\nforged", weights_sha256="\x1b[31m", dim=2, pool="\x1b[31m",
@@ -160,6 +242,8 @@ def test_what_a_file_says_is_printed_as_text(store: Path, tmp_path: Path) -> Non
     for result in [
         run("info", tmp_path / "s.h5"),
         run("info", tmp_path / "s.h5", "--json"),
+        run("info", tmp_path / "s.h5", "--failures"),
+        run("info", tmp_path / "s.h5", "--failures", "--json"),
         run("search", tmp_path / "s.h5", "--id", "\x1b[31m\nforged"),
         run("merge", store, tmp_path / "s.h5", "-o", tmp_path / "m.h5", code=1),
         run("verify", tmp_path / "s.h5"),

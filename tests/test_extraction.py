@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from embedkit import Backbone, ImageError, Store, extract
 from embedkit.backbones import import_timm
+from embedkit.errors import FAILURE_KINDS
 from embedkit.extraction import Measured, Progress
 from embedkit.index import image_path
 from embedkit.sources import list_images
@@ -74,6 +75,9 @@ def test_bad_images_are_named_and_cost_no_other_image(hostile: Path, backbone: B
     assert reasons.keys() == {
         "truncated.jpg", "text.jpg", "empty.jpg", "empty.png", "folder.jpg", "broken.jpg",
     }  # fmt: skip
+    kinds = {failure.id: failure.kind for failure in store.failures}
+    assert set(kinds.values()) <= set(FAILURE_KINDS)
+    assert kinds["broken.jpg"] == "missing" and kinds["folder.jpg"] == "not-an-image"
     assert "truncated" in reasons["truncated.jpg"] and "empty" in reasons["empty.jpg"]
     assert "empty" in reasons["empty.png"] and "not an image" in reasons["text.jpg"]
     assert "folder" in reasons["folder.jpg"] and "link" in reasons["broken.jpg"]

@@ -13,13 +13,15 @@ import pytest
 from embedkit import (
     EmbeddingShapeError,
     EmbeddingSpec,
+    ImageError,
     Store,
     StoreBusyError,
     StoreExistsError,
     StoreFormatError,
     StoreNotFoundError,
 )
-from embedkit.store import StoreWriter
+from embedkit.errors import FAILURE_KINDS
+from embedkit.store import Failure, Failures, StoreWriter
 
 SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=3)
 ODD_IDS = ["plain.jpg", "with space.jpg", "dir/é.jpg", "😀.png", "broken\udcff.jpg", "line\nbreak.jpg"]
@@ -110,15 +112,31 @@ def test_content_id_depends_on_content_alone(tmp_path: Path) -> None:
 def test_failures_are_kept_apart_with_their_reasons(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s.h5", SPEC) as writer:
         writer.append(embeddings_for(["a"]), ["a.jpg"])
-        writer.fail("z.jpg", "truncated")
-        writer.fail("b\udcff.jpg", "the file is empty", size=0, mtime_ns=5)
+        writer.fail("z.jpg", "the end is missing", "truncated")
+        writer.fail("c.jpg", "a decoder gave up")
+        writer.fail("b\udcff.jpg", "the file is empty", "empty", size=0, mtime_ns=5)
+        with pytest.raises(ValueError, match="'corrupt' is no kind of failure; expected one of missing, permission"):
+            writer.fail("d.jpg", "?", "corrupt")
         writer.finalise()
     store = Store.open(tmp_path / "s.h5")
-    assert [(failure.id, failure.error) for failure in store.failures] == [
-        ("b\udcff.jpg", "the file is empty"),
-        ("z.jpg", "truncated"),
+    assert store.failures == [
+        Failure("b\udcff.jpg", "the file is empty", "empty"),
+        Failure("c.jpg", "a decoder gave up", "damaged"),
+        Failure("z.jpg", "the end is missing", "truncated"),
     ]
+    assert store.summary()["failures"][0] == {"id": "b\udcff.jpg", "kind": "empty", "error": "the file is empty"}
     assert len(store) == 1
+    with h5py.File(store.path) as file:
+        assert file["failures/kinds"].asstr()[:].tolist() == ["empty", "damaged", "truncated"]
+        assert file["failures/kinds"].dtype == "S9" and file["failures/kinds"].chunks is None
+
+
+def test_failures_have_kinds_that_a_store_may_have() -> None:
+    made_up = ["", "two words", "é", "\ud800", "a\0b", "x" * 33, "damaged"]
+    known = [*FAILURE_KINDS, "later"]
+    errors = [ImageError(f"{number}.jpg", "?", kind) for number, kind in enumerate([*made_up, *known])]
+    failures = Failures.of(errors, [0] * len(errors), [0] * len(errors))
+    assert [failure.kind for failure in failures.listed()] == ["damaged"] * len(made_up) + known
 
 
 def test_an_empty_store_is_a_store(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def write(
             mtimes_ns=[mtime] * len(contents),
         )  # fmt: skip
         for id in failures:
-            writer.fail(id, "truncated")
+            writer.fail(id, "the end is missing", "truncated")
         writer.finalise()
     return Store.open(path)
 
@@ -48,9 +48,18 @@ def test_a_merge_is_the_store_of_all_the_images(tmp_path: Path) -> None:
     merged = Store.merge([one, two], tmp_path / "merged.h5")
     whole = write(tmp_path / "whole.h5", dict(zip("abcd", "abcd", strict=True)), labels=list("zxxy"))
     assert merged.content_id == whole.content_id and verify(merged.path) == []
-    assert [failure.id for failure in merged.failures] == ["e", "f"]  # c was embedded elsewhere
+    # c was embedded elsewhere.
+    assert [(failure.id, failure.kind) for failure in merged.failures] == [("e", "truncated"), ("f", "truncated")]
     assert merged.information["merged_from"]["first"] == [one.content_id, two.content_id]
     assert merged.information["merged_from"]["count"] == 2 and merged.root == Path("/photos")
+
+
+def test_kinds_of_failures_and_their_absence_are_merged(tmp_path: Path) -> None:
+    data = Path(__file__).parent / "data"
+    merged = Store.merge([data / "store-v1.h5", data / "store-v1-kinds.h5"], tmp_path / "s.h5", on_conflict="first")
+    kinds = [(failure.id, failure.kind) for failure in merged.failures]
+    assert kinds == [("a b/0.jpg", "truncated"), ("z.jpg", "unknown")] and verify(merged) == []
+    assert merged.select(tmp_path / "t.h5", [0]).failures == []
 
 
 def test_merging_a_store_with_itself_or_alone_changes_nothing(tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ import json
 import struct
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedkit import EmbeddingSpec, Index, Store, StoreFormatError
+from embedkit import EmbeddingSpec, ImageError, Index, Store, StoreFormatError
 from embedkit.spec import canonical_json
+from embedkit.store import Failures, Images, Rows, verify
 from embedkit.store import format as schema
-from embedkit.store import verify
 from embedkit.store.hdf5 import MAX_METADATA_BYTES, LayoutError, lookup3, read_layout
+from embedkit.store.parts import read_parts, write_part
 
 SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=2)
 IDS = np.array([b"a.jpg", b"b.jpg", b"c.jpg"])
@@ -26,6 +28,10 @@ IDS = np.array([b"a.jpg", b"b.jpg", b"c.jpg"])
 def failed(*ids: bytes) -> dict[str, Any]:
     zeros = {f"failures/{name}": np.zeros(len(ids), kind) for name, kind in (("sizes", "<u8"), ("mtimes_ns", "<i8"))}
     return {"failures/ids": np.array(ids, dtype="S9"), "failures/errors": np.array([b"x"] * len(ids), "S1"), **zeros}
+
+
+def of_kinds(kinds: Any) -> dict[str, Any]:
+    return {**failed(b"d.jpg", b"e.jpg"), "failures/kinds": kinds}
 
 
 def make(
@@ -220,6 +226,10 @@ def test_what_is_made_here_is_a_store_when_nothing_is_replaced(tmp_path: Path) -
     labels = {"labels": np.array([0, 1, -1], "<i4"), "label_names": np.array([b"a", b"b"])}
     path = make(tmp_path / "s.h5", {**labels, **failed(b"d.jpg", b"e.jpg")})
     assert verify(path) == [] and Store.open(path).summary()["rows"] == 3
+    assert {failure.kind for failure in Store.open(path).failures} == {"unknown"}
+    make(path, of_kinds(np.array([b"too-large", b"later~KIND/of.2030"])))
+    assert verify(path) == []
+    assert [failure.kind for failure in Store.open(path).failures] == ["too-large", "later~KIND/of.2030"]
     assert verify(make(path, {"x": np.array(1, "<i8"), "checksums/x": np.zeros((1, 32), "u1")})) == []
 
 
@@ -238,6 +248,9 @@ def test_what_is_made_here_is_a_store_when_nothing_is_replaced(tmp_path: Path) -
         ({"ids": np.array([b"/etc/passwd", b"b", b"c"])}, "ids", "'/etc/passwd' is not a path"),
         ({"ids": np.array([b"a", b"b\0b", b"c"])}, "ids", r"'b\x00b' is not a path"),
         (failed(b"e.jpg", b"d.jpg"), "failures/ids", "not sorted"),
+        (of_kinds(np.array([b"empty"])), "metadata", "/failures/kinds is |S5 of shape (1,) for 2 rows"),
+        (of_kinds(np.array([b"empty"] * 2, "S33")), "metadata", "/failures/kinds is |S33 of shape (2,)"),
+        (of_kinds(np.zeros(2, "u1")), "metadata", "/failures/kinds is uint8 of shape (2,)"),
         (failed(b"0.jpg", b"b.jpg", b"d.jpg"), "ids", "'b.jpg' is both a row and a failure"),
         ({"labels": np.array([0, 0, 1], "<i4"), "label_names": np.array([b"a"])}, "labels", "name none of 1 classes"),
         ({"labels": np.array([0, 0, -2], "<i4"), "label_names": np.array([b"a"])}, "labels", "name none of 1 classes"),
@@ -248,6 +261,28 @@ def test_what_is_made_here_is_a_store_when_nothing_is_replaced(tmp_path: Path) -
 def test_columns_that_no_store_has_are_found(tmp_path: Path, columns: Any, where: str, error: str) -> None:
     problems = verify(make(tmp_path / "s.h5", columns))
     assert [problem.where for problem in problems] == [where] and error in str(problems[0])
+
+
+@pytest.mark.parametrize("kind", [b"", b"a\0b", b"\xe9", "é".encode(), b"two words", b"a\nerror: forged", b"\x1b[31m"])
+def test_a_kind_of_failure_is_a_word(tmp_path: Path, kind: bytes) -> None:
+    path = make(tmp_path / "s.h5", of_kinds(np.array([b"empty", kind])))
+    assert [str(problem) for problem in verify(path)] == [
+        "failures/kinds: it has what is no kind: a word of 1 to 32 printable ASCII characters"
+    ]
+    store = Store.open(path)
+    for read in (lambda: store.failures, store.summary):
+        with pytest.raises(StoreFormatError, match="no kind; the file is damaged"):
+            read()
+
+
+@pytest.mark.parametrize("kinds", [np.array([b"two words"]), np.array([b"empty"] * 2)])
+def test_a_part_with_other_kinds_is_set_aside(tmp_path: Path, kinds: Any) -> None:
+    failures = Failures.of([ImageError("d.jpg", "the file is empty", "empty")], [0], [0])
+    rows = Rows(Images.empty(), failures, {"": np.empty((0, 2), "<f4")})
+    path = write_part(tmp_path, 0, SPEC.digest, "r", rows)
+    assert list(read_parts(tmp_path, SPEC.digest)) == [path.name]
+    path = write_part(tmp_path, 1, SPEC.digest, "r", replace(rows, failures=replace(failures, kinds=kinds)))
+    assert len(read_parts(tmp_path, SPEC.digest)) == 1 and (tmp_path / f"{path.name}.bad").exists()
 
 
 def test_a_class_that_is_there_twice_is_an_error(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from embedkit import (
     StoreFormatError,
     extract,
 )
+from embedkit.errors import FAILURE_KINDS
 from embedkit.extraction import Progress
 from embedkit.store import Changes, Status, verify
 
@@ -135,8 +136,10 @@ def test_checksum_finds_changes_that_size_and_time_hide(root: Path, backbone: Ba
 def test_failures_are_remembered_until_a_retry_or_a_change(root: Path, backbone: Backbone, tmp_path: Path) -> None:
     bad = root / "cat" / "bad.jpg"
     bad.write_bytes(b"no image")
-    assert Run(root, tmp_path / "s.h5", backbone).store.failures[0].id == "cat/bad.jpg"
-    assert Run(root, tmp_path / "s.h5", backbone).computed == 0
+    first = Run(root, tmp_path / "s.h5", backbone).store.failures
+    assert first[0].id == "cat/bad.jpg" and first[0].kind in FAILURE_KINDS
+    kept = Run(root, tmp_path / "s.h5", backbone)
+    assert kept.computed == 0 and kept.store.failures == first
     again = Run(root, tmp_path / "s.h5", backbone, retry_failed=True)
     assert again.changes == Changes(unchanged=24, retried=1) and len(again.store.failures) == 1
     shutil.copy(root / "cat" / "1.jpg", bad)
@@ -448,18 +451,26 @@ def byte_of_gap(store: Store) -> int:
     return store._datasets["label_names"].offset + store._datasets["label_names"].nbytes
 
 
-@pytest.mark.parametrize(("byte_of", "computed"), [(byte_of_label, 0), (byte_of_checksums, 24), (byte_of_gap, 0)])
+def byte_of_kind(store: Store) -> int:
+    return store._datasets["failures/kinds"].offset
+
+
+@pytest.mark.parametrize(
+    ("byte_of", "computed"), [(byte_of_label, 0), (byte_of_checksums, 24), (byte_of_gap, 0), (byte_of_kind, 1)]
+)
 def test_repair_mends_what_is_no_embedding(
     root: Path, backbone: Backbone, tmp_path: Path, byte_of: Callable[[Store], int], computed: int
 ) -> None:
+    (root / "cat" / "bad.jpg").touch()
     good = Run(root, tmp_path / "s.h5", backbone).store
+    assert len(good.failures) == 1
     data = bytearray((tmp_path / "s.h5").read_bytes())
     data[byte_of(good)] ^= 0x40
     (tmp_path / "s.h5").write_bytes(data)
     assert verify(tmp_path / "s.h5")
     repaired = Run(root, tmp_path / "s.h5", backbone, repair=True)
     assert repaired.computed == computed and repaired.store.content_id == good.content_id
-    assert verify(tmp_path / "s.h5") == []
+    assert verify(tmp_path / "s.h5") == [] and repaired.store.failures == good.failures
 
 
 def test_what_is_not_ours_in_the_folder_of_parts_stays(root: Path, backbone: Backbone, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
     from embedkit.backbones import ModelInfo
     from embedkit.extraction import Estimate, Progress
     from embedkit.index import SearchResult
-    from embedkit.store import Status, Store
+    from embedkit.store import Failure, Status, Store
 
-SHOWN_FAILURES = 10
+SHOWN_FAILURES = 3  # Of each kind.
+SHOWN_KINDS = 20
+WIDEST_ID = 60
 SHOWN_CLASSES = 30
 
 
@@ -136,12 +141,55 @@ class ImageBar(CountBar):
 
 
 def failures(store: Store, quiet: bool) -> None:
-    """Print the first failures of a store on standard error."""
-    for failure in store.failures[:SHOWN_FAILURES]:
-        notice(f"failed: {printable(failure.id)}: {printable(failure.error)}", quiet)
-    more = len(store.failures) - SHOWN_FAILURES
-    if more > 0:
-        notice(f"... and {more:,} more; all of them: embedkit info {store.path}", quiet)
+    """Print on standard error how many images of a store failed, by kind, and the first few of each."""
+    if quiet or not store.failures:
+        return
+    kinds = _by_kind(store.failures)
+    counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
+    notice(f"{len(store.failures):,} failed: {counts}")
+    width = max(map(len, kinds))
+    for kind, found in kinds.items():
+        for failure in found[:SHOWN_FAILURES]:
+            notice(f"  {kind:<{width}}  {printable(failure.id)}: {printable(failure.error)}")
+    notice(f"embedkit info {shlex.quote(os.fspath(store.path))} --failures lists them")
+
+
+def _by_kind(failed: Sequence[Failure]) -> dict[str, list[Failure]]:
+    """Return failures by kind, the most frequent first; what has so many kinds that nobody reads them is cut."""
+    kinds: dict[str, list[Failure]] = {}
+    for failure in failed:
+        kinds.setdefault(failure.kind, []).append(failure)
+    order = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))
+    return {kind: kinds[kind] for kind in order[:SHOWN_KINDS]}
+
+
+def failure_table(store: Store, *, as_json: bool, as_csv: bool) -> None:
+    """Print every failure of a store: a table, JSON lines, or CSV."""
+    failed = store.failures
+    if as_csv:
+        _failure_csv(failed)
+    elif as_json:
+        for failure in failed:
+            click.echo(json.dumps({"id": failure.id, "kind": failure.kind, "error": failure.error}))
+    else:
+        width = max([len(failure.kind) for failure in failed], default=0)
+        id_width = min(WIDEST_ID, max([len(printable(failure.id)) for failure in failed], default=0))
+        for failure in failed:
+            id, error = printable(failure.id), printable(failure.error)
+            click.echo(f"{failure.kind:<{width}}  {id:<{id_width}}  {error}")
+
+
+def _failure_csv(failed: Sequence[Failure]) -> None:
+    # As bytes: an id is printed as it is, whatever it holds.
+    text = io.TextIOWrapper(
+        sys.stdout.buffer, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
+    )
+    try:
+        writer = csv.writer(text)
+        writer.writerow(["id", "kind", "error"])
+        writer.writerows((failure.id, failure.kind, failure.error) for failure in failed)
+    finally:
+        text.detach()
 
 
 def estimate_text(found: Estimate) -> str:
@@ -208,8 +256,9 @@ def status_line(path: Path, status: Status) -> str:
     return text
 
 
-def info_text(summary: dict[str, Any]) -> str:
+def info_text(store: Store) -> str:
     """Return what `embedkit info` shows to people."""
+    summary = store.summary()
     spec, information = summary["spec"], summary["information"]
     name = f"{spec['backbone']}.{spec['tag']}".rstrip(".")
     lines = [
@@ -223,7 +272,7 @@ def info_text(summary: dict[str, Any]) -> str:
         *_class_lines(summary["classes"]),
         *(["  layers"] if summary["layers"] else []),
         *(f"    {dim:>9,}  {printable(name)}" for name, dim in summary["layers"].items()),
-        *_failure_lines(summary["failures"]),
+        *_failure_lines(store),
         "  spec",
         *(f"    {printable(field):<29}{printable(json.dumps(value))}" for field, value in flat(spec).items()),
         "  read it without embedkit",
@@ -244,9 +293,15 @@ def _class_lines(classes: dict[str, int]) -> list[str]:
     return [*lines, f"    ... and {more} more (--json has all)"] if more > 0 else lines
 
 
-def _failure_lines(failed: list[dict[str, str]]) -> list[str]:
-    lines = [f"  failures   {len(failed):,}"]
-    return lines + [f"    {printable(failure['id'])}: {printable(failure['error'])}" for failure in failed]
+def _failure_lines(store: Store) -> list[str]:
+    lines, shown = [f"  failures   {len(store.failures):,}"], 0
+    for kind, found in _by_kind(store.failures).items():
+        some = found[:SHOWN_FAILURES]
+        lines.append(f"    {len(found):>9,}  {kind}")
+        lines += [f"               {printable(failure.id)}: {printable(failure.error)}" for failure in some]
+        shown += len(some)
+    more = len(store.failures) - shown
+    return [*lines, f"    ... and {more:,} more (--failures lists them)"] if more > 0 else lines
 
 
 def row_of(store: Store, id: str) -> int:

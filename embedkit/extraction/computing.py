@@ -66,7 +66,7 @@ def compute(
 ) -> tuple[Progress, ImageError | None]:
     """Compute the parts that are to do, in their order, and return how it ended, and one failure if there was any."""
     tally = _Tally(len(listing.files) + len(listing.failures), update, job, progress, max_failures)
-    tally.fail([*listing.failures, *(ImageError(id, reason) for id, reason in update.failures)])
+    tally.fail([*listing.failures, *update.failures])
     state = tally.report()
     if job is None:
         return state, tally.first
@@ -179,13 +179,13 @@ def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int,
 
 def _rows(batches: Sequence[Batch[_Reading, dict[str, npt.NDArray[np.float32]]]]) -> Rows:
     good = [reading for batch in batches for reading in batch.items]
-    bad = [(reading, error.reason) for batch in batches for reading, error in batch.failures]
+    bad = [failure for batch in batches for failure in batch.failures]
     images = Images.of(
         [reading.entry.id for reading in good], [reading.size for reading in good],
         [reading.mtime_ns for reading in good], [reading.sha256 for reading in good],
     )  # fmt: skip
     failures = Failures.of(
-        [reading.entry.id for reading, _ in bad], [reason for _, reason in bad],
+        [ImageError(reading.entry.id, error.reason, error.kind) for reading, error in bad],
         [reading.size for reading, _ in bad], [reading.mtime_ns for reading, _ in bad],
     )  # fmt: skip
     names = batches[0].embeddings

@@ -273,7 +273,7 @@ def _inventory(listing: Listing) -> Inventory:
         mtimes_ns=status[:, 1],
         labels=np.array(labels, dtype=np.int32) if listing.classes else None,
         classes=listing.classes,
-        failures=[(failure.id, failure.reason) for failure in listing.failures],
+        failures=listing.failures,
     )
 
 

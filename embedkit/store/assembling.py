@@ -162,7 +162,7 @@ def _columns(content: Content) -> dict[str, schema.Array]:
     labels, classes = narrowed(content.labels, content.classes)
     if labels is not None:
         columns["labels"], columns["label_names"] = labels, schema.encode_texts(classes)
-    columns |= {f"failures/{name}": column for name, column in vars(content.failures).items()}
+    columns |= content.failures.datasets()
     return {name: _narrow(column) if column.dtype.kind == "S" else column for name, column in columns.items()}
 
 

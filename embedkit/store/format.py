@@ -27,6 +27,8 @@ BLOCK_ROWS = 4096
 MAX_PROVENANCE_BYTES = 60 * 1024  # An attribute holds 64 KiB.
 MAX_ID_BYTES = 4096
 MAX_ERROR_BYTES = 1000
+MAX_KIND_BYTES = 32
+UNKNOWN_KIND = "unknown"  # Of failures that were written before there were kinds.
 MAX_LAYERS = 32
 MAX_LAYER_BYTES = 64
 MAX_JSON_DEPTH = 64
@@ -45,6 +47,16 @@ def encode_texts(texts: Sequence[str]) -> Array:
 def encode_reasons(reasons: Sequence[str]) -> Array:
     """Return the reasons of failures as bytes, cut where somebody wrote a novel."""
     return encode_texts([os.fsencode(reason)[:MAX_ERROR_BYTES].decode("utf-8", "ignore") for reason in reasons])
+
+
+def encode_kinds(kinds: Sequence[str]) -> Array:
+    """Return the kinds of failures as bytes; what cannot be one, for somebody made it up, is "damaged"."""
+    return encode_texts([kind if kind.isascii() and is_kind(kind.encode()) else "damaged" for kind in kinds])
+
+
+def is_kind(kind: bytes) -> bool:
+    """Return whether a failure may be of a kind, which later writers may know more of: a short word of ASCII."""
+    return re.fullmatch(rb"[!-~]{1,%d}" % MAX_KIND_BYTES, kind) is not None
 
 
 def decode_texts(raw: Array) -> list[str]:
@@ -152,6 +164,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "failures/errors": (_TEXT, ()),
     "failures/sizes": (("<u8",), ()),
     "failures/mtimes_ns": (("<i8",), ()),
+    "failures/kinds": (tuple(f"|S{width}" for width in range(1, MAX_KIND_BYTES + 1)), ()),
     "labels": (("<i4",), ()),
     "label_names": (_TEXT, ()),
 }
@@ -162,7 +175,8 @@ def check_columns(
 ) -> None:
     """Raise StoreFormatError unless a store has all its datasets, in types and shapes that agree."""
     wanted = {"embeddings": spec, **{f"layers/{name}": layer for name, layer in layers.items()}}
-    columns = [name for name in _COLUMNS if not name.startswith("label") or "labels" in datasets]
+    absent = {"failures/kinds"} - datasets.keys() | (set() if "labels" in datasets else {"labels", "label_names"})
+    columns = [name for name in _COLUMNS if name not in absent]
     for name in [*wanted, *columns]:
         if name not in datasets:
             raise StoreFormatError(f"{path} is not an embedkit store: it has no dataset /{name}")

@@ -68,7 +68,7 @@ def _encode(sequence: int, digest: str, run_id: str, rows: Rows) -> memoryview:
         f"layers/{name}" if name else "embeddings": np.ascontiguousarray(matrix, dtype="<f4")
         for name, matrix in rows.matrices.items()
     }
-    datasets |= vars(rows.images) | {f"failures/{name}": column for name, column in vars(rows.failures).items()}
+    datasets |= vars(rows.images) | rows.failures.datasets()
     pieces = schema.lay_out(
         {name: (data.shape, data.dtype) for name, data in datasets.items()},
         {
@@ -135,7 +135,9 @@ def _read_part(path: Path, digest: str) -> Part | str:
             return file.array(datasets[name].offset, datasets[name].shape, datasets[name].dtype)
 
         images = Images(*(column(name) for name in ("ids", "sizes", "mtimes_ns", "content_sha256")))
-        failures = Failures(*(column(f"failures/{name}") for name in ("ids", "errors", "sizes", "mtimes_ns")))
+        failures = Failures.read(column, datasets)
+        if len(failures.kinds) != len(failures) or not all(map(schema.is_kind, set(failures.kinds.tolist()))):
+            return "its /failures/kinds are not one short word for each failure"
         matrices = {}
         for name, found in datasets.items():
             if name == "embeddings" or name.startswith("layers/"):

@@ -278,8 +278,10 @@ class Store:
     @cached_property
     def failures(self) -> list[Failure]:
         """Images that could not be read, sorted by id."""
-        ids, errors = self._texts("failures/ids"), self._texts("failures/errors")
-        return [Failure(id, error) for id, error in zip(ids, errors, strict=True)]
+        failed = self.failed
+        if not all(map(schema.is_kind, set(failed.kinds.tolist()))):
+            raise StoreFormatError(f"{self.path}: /failures/kinds has what is no kind; the file is damaged")
+        return failed.listed()
 
     @property
     def information(self) -> dict[str, Any]:
@@ -318,7 +320,7 @@ class Store:
             "bytes": self._file.size,
             "classes": self.class_counts(),
             "layers": {name: spec.dim for name, spec in self.layers.items()},
-            "failures": [{"id": failure.id, "error": failure.error} for failure in self.failures],
+            "failures": [{"id": one.id, "kind": one.kind, "error": one.error} for one in self.failures],
             "digest": self.digest,
             "content_id": self.content_id,
             "spec": self.spec.to_dict(),
@@ -333,7 +335,7 @@ class Store:
     @property
     def failed(self) -> Failures:
         """The columns of the failures as they are stored."""
-        return Failures(*(self._column(f"failures/{name}") for name in ("ids", "errors", "sizes", "mtimes_ns")))
+        return Failures.read(self._column, self._datasets)
 
     @property
     def matrices(self) -> dict[str, Matrix]:

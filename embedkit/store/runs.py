@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import EmbedkitError, StoreExistsError, StoreFormatError
+from embedkit.errors import EmbedkitError, ImageError, StoreExistsError, StoreFormatError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import durable
-from embedkit.store import format as schema
 from embedkit.store.assembling import Header, publish
 from embedkit.store.knowledge import Damage, Known, at, find_damage, gather_known, same_content, unchanged
 from embedkit.store.locking import Lock, now, parts_folder
@@ -198,9 +197,9 @@ class Run:
         plan, todo = self._plan_for(inventory.ids[missing], pending, part_size, batch_size)
         self._warn_about_space(int(missing.sum()), len(inventory))
         changes = changes_of(self.base, known, inventory, entry, usable, settled, kept)
-        failures = known.failures(entry[settled & at(known.failed, entry)])
-        reasons = zip(schema.decode_texts(failures.ids), schema.decode_texts(failures.errors), strict=True)
-        return Update(inventory, known, kept, plan, todo, list(reasons), changes)
+        failures = known.failures(entry[settled & at(known.failed, entry)]).listed()
+        errors = [ImageError(failure.id, failure.error, failure.kind) for failure in failures]
+        return Update(inventory, known, kept, plan, todo, errors, changes)
 
     @property
     def earlier(self) -> tuple[Mapping[str, Any], int]:

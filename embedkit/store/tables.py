@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from embedkit.errors import ImageError
 from embedkit.store import format as schema
 
 Array = npt.NDArray[Any]
 Self = TypeVar("Self", bound="_Table")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Failure:
-    """An image that could not be read, and why."""
+    """An image that could not be read.
+
+    Attributes
+    ----------
+    id : str
+    error : str
+        Why, in one line.
+    kind : str
+        One of `embedkit.errors.FAILURE_KINDS`, a word that a later version knows, or "unknown" in a store that was
+        written before there were kinds.
+    """
 
     id: str
     error: str
+    kind: str
 
 
 class _Table:
@@ -81,23 +93,48 @@ class Images(_Table):
 
 @dataclass(frozen=True)
 class Failures(_Table):
-    """The images that could not be read; `errors` holds the reasons as bytes of shape (m,)."""
+    """The images that could not be read; `errors` and `kinds` hold the reasons and their kinds as bytes of (m,)."""
 
     ids: Array
     errors: Array
     sizes: Array
     mtimes_ns: Array
+    kinds: Array
 
     @classmethod
-    def of(cls, ids: Sequence[str], reasons: Sequence[str], sizes: Sequence[int], mtimes_ns: Sequence[int]) -> Failures:
+    def of(cls, errors: Sequence[ImageError], sizes: Sequence[int], mtimes_ns: Sequence[int]) -> Failures:
         """Return the columns of failures."""
-        errors = schema.encode_reasons(reasons)
-        return cls(schema.encode_texts(ids), errors, np.array(sizes, dtype="<u8"), np.array(mtimes_ns, dtype="<i8"))
+        return cls(
+            schema.encode_texts([error.id for error in errors]),
+            schema.encode_reasons([error.reason for error in errors]),
+            np.array(sizes, dtype="<u8"),
+            np.array(mtimes_ns, dtype="<i8"),
+            schema.encode_kinds([error.kind for error in errors]),
+        )
+
+    @classmethod
+    def read(cls, column: Callable[[str], Array], names: Container[str]) -> Failures:
+        """Return the columns of a file that has datasets of some names; where it has no kinds, they are unknown."""
+        ids, errors, sizes, mtimes_ns = (column(f"failures/{name}") for name in ("ids", "errors", "sizes", "mtimes_ns"))
+        known = "failures/kinds" in names
+        kinds = column("failures/kinds") if known else np.full(len(ids), schema.UNKNOWN_KIND.encode())
+        return cls(ids, errors, sizes, mtimes_ns, kinds)
+
+    def datasets(self) -> dict[str, Array]:
+        """Return the columns as they are written: without failures no kinds, and the file is as it was before them."""
+        names = [name for name in vars(self) if name != "kinds" or len(self)]
+        return {f"failures/{name}": vars(self)[name] for name in names}
+
+    def listed(self) -> list[Failure]:
+        """Return the failures one by one, whatever is stored."""
+        texts = (schema.decode_texts(column) for column in (self.ids, self.errors, self.kinds))
+        return [Failure(*texts) for texts in zip(*texts, strict=True)]
 
 
 _COLUMNS: dict[str, tuple[tuple[int, ...], str]] = {
     "ids": ((0,), "S1"),
     "errors": ((0,), "S1"),
+    "kinds": ((0,), "S1"),
     "sizes": ((0,), "<u8"),
     "mtimes_ns": ((0,), "<i8"),
     "content_sha256": ((0, 32), "u1"),
@@ -135,8 +172,8 @@ class Inventory:
     labels : int32 (n,), or None
         Codes into `classes`, -1 for none.
     classes : sequence of str
-    failures : sequence of (str, str)
-        Id and reason of what is known to be no image without reading it.
+    failures : sequence of ImageError
+        What is known to be no image without reading it.
     """
 
     ids: Array
@@ -144,7 +181,7 @@ class Inventory:
     mtimes_ns: Array
     labels: Array | None = None
     classes: Sequence[str] = ()
-    failures: Sequence[tuple[str, str]] = ()
+    failures: Sequence[ImageError] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import StoreFormatError
+from embedkit.errors import ImageError, StoreFormatError
 from embedkit.spec import canonical_json
 from embedkit.store.assembling import Content, Gather, Header, narrowed
 from embedkit.store.knowledge import Known, at
@@ -59,8 +59,8 @@ class Update:
     plan : Plan
     todo : list of int
         Parts of the plan that are still to be written.
-    failures : list of (str, str)
-        Id and reason of the images that failed before and are not tried again.
+    failures : list of ImageError
+        The images that failed before and are not tried again.
     changes : Changes
     """
 
@@ -69,7 +69,7 @@ class Update:
     kept: dict[int, int]
     plan: Plan
     todo: list[int]
-    failures: list[tuple[str, str]]
+    failures: list[ImageError]
     changes: Changes
 
     @property
@@ -93,9 +93,7 @@ def content_of(header: Header, update: Update, known: Known) -> Content:
         raise StoreFormatError(f"{int((entry < 0).sum()):,} rows of the plan are missing; run again")
     good = np.flatnonzero(~failed)
     nothing = [0] * len(inventory.failures)
-    listed = Failures.of(
-        [id for id, _ in inventory.failures], [reason for _, reason in inventory.failures], nothing, nothing
-    )
+    listed = Failures.of(inventory.failures, nothing, nothing)
     failures = Failures.join([known.failures(entry[failed]), listed])
     gathers = {
         name: Gather(known.matrices(name), source[good], row[good], spec.dim)

@@ -210,7 +210,7 @@ def _facts(path: Path, layout: Layout) -> Iterator[Problem]:
 
 
 def _meaning(file: ReadOnlyFile, layout: Layout) -> Iterator[Problem]:
-    """Yield a problem for ids and labels that no store has; their datasets are there, in the right shape."""
+    """Yield a problem for ids, kinds and labels that no store has; their datasets are there, in the right shape."""
     ids, failed = layout.datasets["ids"], layout.datasets["failures/ids"]
     for name, dataset in (("ids", ids), ("failures/ids", failed)):
         for block in _blocks_of(file, dataset, overlap=1):
@@ -220,6 +220,11 @@ def _meaning(file: ReadOnlyFile, layout: Layout) -> Iterator[Problem]:
                 return
     for id in _in_both(file, ids, failed):
         yield Problem("ids", f"{os.fsdecode(id)!r} is both a row and a failure")
+    if "failures/kinds" in layout.datasets:
+        for kinds in _blocks_of(file, layout.datasets["failures/kinds"]):
+            if not all(map(schema.is_kind, set(kinds.tolist()))):
+                yield Problem("failures/kinds", "it has what is no kind: a word of 1 to 32 printable ASCII characters")
+                break
     if "labels" in layout.datasets:
         yield from _labels(file, layout.datasets["labels"], layout.datasets["label_names"])
 

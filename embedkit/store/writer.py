@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import EmbeddingShapeError, StoreExistsError
+from embedkit.errors import FAILURE_KINDS, EmbeddingShapeError, ImageError, StoreExistsError
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import durable
 from embedkit.store.assembling import Content, Gather, Header, publish
@@ -31,7 +31,7 @@ class _Columns:
     mtimes_ns: list[int] = field(default_factory=list)
     content_sha256: list[bytes] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
-    failures: list[tuple[str, str, int, int]] = field(default_factory=list)
+    failures: list[tuple[ImageError, int, int]] = field(default_factory=list)
 
 
 class StoreWriter:
@@ -171,10 +171,12 @@ class StoreWriter:
             os.lseek(self._handle, end, os.SEEK_SET)
             raise
 
-    def fail(self, id: str, reason: str, *, size: int = 0, mtime_ns: int = 0) -> None:
+    def fail(self, id: str, reason: str, kind: str = "damaged", *, size: int = 0, mtime_ns: int = 0) -> None:
         """Record an image that could not be read, once; it must not have a row as well."""
         _check_id(id)
-        self._columns.failures.append((id, reason, size, mtime_ns))
+        if kind not in FAILURE_KINDS:
+            raise ValueError(f"{kind!r} is no kind of failure; expected one of {', '.join(FAILURE_KINDS)}")
+        self._columns.failures.append((ImageError(id, reason, kind), size, mtime_ns))
 
     def finalise(self) -> None:
         """Write the store aside, make it durable, and rename it onto the target.
@@ -204,12 +206,9 @@ class StoreWriter:
         publish(self.path, self._spool.parent, self.header, content)
 
     def _failures(self, images: Images) -> Failures:
-        given = sorted(self._columns.failures, key=lambda failure: os.fsencode(failure[0]))
+        given = sorted(self._columns.failures, key=lambda failure: os.fsencode(failure[0].id))
         failures = Failures.of(
-            [id for id, *_ in given],
-            [reason for _, reason, *_ in given],
-            [size for *_, size, _ in given],
-            [mtime for *_, mtime in given],
+            [error for error, _, _ in given], [size for _, size, _ in given], [mtime for *_, mtime in given]
         )
         twice = np.append(failures.ids[1:] == failures.ids[:-1], False) | (lookup(images.ids, failures.ids) >= 0)
         if twice.any():

@@ -45,6 +45,7 @@ def store(photos: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFa
     [
         ("extract", ek.extract),
         ("extract", ek.Backbone.load),
+        ("extract", ek.list_images),
         ("search", ek.Index.search),
         ("probe", ek.probe),
         ("models", ek.list_models),
@@ -372,3 +373,68 @@ def test_ctrl_c_keeps_what_is_computed_and_exits_with_130(photos: Path, tiny_bac
     resumed = run("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone)
     assert re.search(r"\d+ resumed, [\d,]+ new", resumed.stderr) and "3,000 images" in resumed.stdout, resumed.stderr
     assert run("status", tmp_path / "s.h5").stdout.endswith("finished; the store has 3,000 rows\n")
+
+
+def test_the_second_ctrl_c_stops_at_once() -> None:
+    import signal
+
+    code = (
+        "import time\nfrom embedkit.cli.group import _interruptible\n_interruptible()\nprint('ready', flush=True)\n"
+        "try:\n    time.sleep(60)\nfinally:\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == b"\n" and b"Ctrl-C once more stops at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"") and process.returncode == 130
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(
+    photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    (root / "cat" / "bad.jpg").write_text("no")
+    (root / "cat" / "gone.png").symlink_to("nowhere")
+    command = ("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "--dry-run")
+    found = json.loads(run(*command, "--json").stdout)
+    assert found["images"] == found["sampled"] == 25 and sum(found["suffixes"].values()) == 25
+    assert found["labels"] == {"cat": 13, "dog": 12} and found["failures"] == {"missing": 1}
+    assert sum(found["sample_failures"].values()) == 1 and sum(found["formats"].values()) == 24
+    assert found["image_bytes"] == sum(path.stat().st_size for path in root.rglob("*.*") if path.is_file())
+    assert found["images_per_second"] > 0 and found["seconds"] > 0
+    text = run(*command).stdout
+    assert "25" in text and "1 missing" in text and "images/s" in text
+    assert sorted(os.listdir(tmp_path)) == ["images"]
+    run("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, code=3)
+    size = (tmp_path / "s.h5").stat().st_size
+    assert found["store_bytes"] < size < found["store_bytes"] + 100_000  # The rest is the file's own bookkeeping.
+
+
+def test_on_error_fail_and_max_failures_end_a_run(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    (root / "cat" / "bad.jpg").write_text("no")
+    command = ("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone)
+    assert "cat/bad.jpg: not an image" in run(*command, "--on-error", "fail", code=1).stderr
+    assert "1 of 25 images have failed, and 0 may" in run(*command, "--max-failures", "1%", code=1).stderr
+    assert run(*command, "--max-failures", "5%", code=3).stdout and run(*command, "--max-failures", "1", code=3).stdout
+    for wrong in ("150%", "-1", "0.5", "few"):
+        assert "neither a number" in run(*command, "--max-failures", wrong, code=2).stderr
+
+
+def test_extract_takes_several_folders_and_some_of_their_images(
+    photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    command = ("extract", photos / "cat", f"hound={photos / 'dog'}", "-m", tiny_backbone, "--json", "-q")
+    ids = run("extract", photos / "cat", f"hound={photos / 'dog'}", "-m", tiny_backbone, "-q", "-o", tmp_path / "a.h5")
+    assert ids and {id.partition("/")[0] for id in ek.Store.open(tmp_path / "a.h5").ids} == {"cat", "hound"}
+    options = ("--include", "cat/*", "--exclude", "1.jpg", "--shard", "1/1", "--sample", "5", "--seed", "3", "--limit")
+    run(*command, "-o", tmp_path / "b.h5", *options, "4")
+    store = ek.Store.open(tmp_path / "b.h5")
+    listing = ek.list_images(photos / "cat", include=["*"], exclude=["1.jpg"])
+    assert len(store) == 4 and {id.removeprefix("cat/") for id in store.ids} < {file.id for file in listing.files}
+    hits = run("search", tmp_path / "a.h5", "--id", "hound/" + os.listdir(photos / "dog")[0], "-k", "1", "--plain")
+    assert Path(hits.stdout.strip()).parent == photos / "dog"

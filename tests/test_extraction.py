@@ -301,7 +301,9 @@ def test_too_many_failures_end_a_run_and_keep_what_is_computed(
     shutil.copytree(photos, mixed)
     for number in range(3):
         (mixed / f"zz{number}.jpg").write_bytes(b"not an image")  # Read last.
-    with pytest.raises(ImageError, match=r"zz\d\.jpg: .*; with it [123] of \d+ images have failed, and \d may") as caught:
+    with pytest.raises(
+        ImageError, match=r"zz\d\.jpg: .*; with it [123] of \d+ images have failed, and \d may"
+    ) as caught:
         extract(mixed, tmp_path / "s.h5", backbone, max_failures=allowed, batch_size=1, part_size=1)
     assert caught.value.kind == "not-an-image" and Store.status(tmp_path / "s.h5").state == "unfinished"
     progress: list[Progress] = []

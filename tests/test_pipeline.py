@@ -20,8 +20,9 @@ def test_flowers_are_embedded_searched_and_probed(flowers: Path, weights: Path, 
         link.symlink_to(flowers / row["path"])
     (tmp_path / "split.csv").write_text("path,split\n" + "".join(f"{row['path']},{row['split']}\n" for row in rows))
     store = ek.extract(
-        tmp_path / "photos", tmp_path / "s.h5", ek.Backbone.load(weights / "mobilenetv2_100.tf_in1k.json")
-    )
+        ek.list_images(tmp_path / "photos", follow_links=True), tmp_path / "s.h5",
+        ek.Backbone.load(weights / "mobilenetv2_100.tf_in1k.json"),
+    )  # fmt: skip
     assert len(store) == len(rows) and store.failures == [] and len(store.classes) == 5
 
     index = ek.Index.build(store)

@@ -150,7 +150,7 @@ def choose(
     """
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard i of n must have 1 <= i <= n, got {shard[0]} of {shard[1]}")
-    if min(limit or 1, sample or 1) < 1:
+    if any(count is not None and count < 1 for count in (limit, sample)):
         raise ValueError("limit and sample must be at least 1")
     tests: list[Callable[[str], bool]] = []
     if include or exclude:

@@ -15,9 +15,14 @@ import numpy.typing as npt
 from embedkit.images import Region
 from embedkit.spec import Preprocessing
 
+_hurt = False
+
 
 def obey(source: Any, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Do what the bytes say, and return the number of this process as a crop."""
+    global _hurt
+    if _hurt:
+        os.abort()
     crop = np.zeros((*preprocessing.img_size, 3), dtype=np.uint8)
     if isinstance(source, Region):
         crop[0, : len(source.box), 0] = source.box
@@ -41,6 +46,8 @@ def obey(source: Any, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     elif order == b"close":
         os.close(_socket())
         time.sleep(1000)
+    elif order == b"hurt":
+        _hurt = True
     elif order == b"print":
         os.write(1, rest * 100_000)
         os.write(2, rest * 100_000)

@@ -113,6 +113,13 @@ def test_a_decoder_that_ends_its_process_costs_its_image_only(
     assert pid_of(read)
 
 
+def test_an_image_is_not_blamed_for_a_child_that_another_one_hurt(bad: Callable[..., Isolated]) -> None:
+    read = bad()
+    before = pid_of(read)
+    assert read(b"hurt").shape == (8, 8, 3)
+    assert pid_of(read) != before
+
+
 def test_a_decoder_that_closes_the_connection_is_ended(bad: Callable[..., Isolated]) -> None:
     read = bad()
     before = pid_of(read)

@@ -2,6 +2,7 @@
 
 from embedkit.images.decoding import read_bytes, read_image, thumbnail
 from embedkit.images.headers import Header, read_header
+from embedkit.images.isolation import Isolated
 from embedkit.images.pixels import CROP_MODES, DECODERS, INTERPOLATIONS, crop, read_crop
 from embedkit.images.regions import Data, Region
 
@@ -11,6 +12,7 @@ __all__ = [
     "INTERPOLATIONS",
     "Data",
     "Header",
+    "Isolated",
     "Region",
     "crop",
     "read_bytes",

@@ -22,19 +22,22 @@ from embedkit.images.pixels import DECODERS
 from embedkit.images.regions import Region
 from embedkit.spec import Preprocessing
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 1.0
 _MOST_TEXT = MAX_FAILURE_BYTES // 8  # A sign takes up to six bytes as JSON, and the kind a few.
 
 
 def serve() -> None:
     """Serve the parent that started this process until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # The parent may have left it ignored.
     orders = json.loads(sys.stdin.buffer.readline())
     # A thread, since a decoder may be at work when the parent is killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     parent = _socket(orders["socket"])
-    pixels = orders["preprocessing"]
-    preprocessing = Preprocessing(**{key: tuple(v) if isinstance(v, list) else v for key, v in pixels.items()})
+    facts: dict[str, Any] = orders["preprocessing"]
+    facts = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()}
+    preprocessing = Preprocessing(**facts)
     module, _, name = orders["function"].partition(":")
     function = getattr(importlib.import_module(module), name)
     if preprocessing.decoder != DECODERS["exact"]:
@@ -59,7 +62,7 @@ def serve() -> None:
 def _answer(function: Callable[..., Any], source: Any, preprocessing: Preprocessing) -> tuple[int, bytes | memoryview]:
     try:
         crop: npt.NDArray[np.uint8] = np.ascontiguousarray(function(source, preprocessing), dtype=np.uint8)
-        return CROP, memoryview(crop).cast("B")
+        return CROP, crop.data.cast("B")
     except Exception as error:  # Whatever a decoder raises for a stranger's file, it costs this image only.
         reason, kind = _reason(error)
         return FAILED, json.dumps({"reason": reason[:_MOST_TEXT], "kind": kind}).encode()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from embedkit.images.regions import Region
 from embedkit.spec import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
+_Request: TypeAlias = "Sequence[bytes | memoryview]"
 
 # What goes over the socket, and `child` holds the other end of it. A request is the length of its description (JSON),
 # the length of its bytes, and both of these. An answer is one of three words, the length of what follows, and that.
@@ -46,7 +47,8 @@ class Isolated:
     """Reads crops as `embedkit.images.read_crop` does, bit for bit, in child processes.
 
     Every thread that calls it borrows one child, which is started when there is none to borrow. A child that takes too
-    long is killed, and the next image gets a fresh one. A child is limited in time and memory, and what it answers is
+    long is killed, and the next image gets a fresh one; an image over which a used child ends its process is tried once
+    more in a fresh one. A child is limited in time and memory, and what it answers is
     never believed beyond its form; it is no sandbox, for it may still do what the user may.
 
     Parameters
@@ -67,11 +69,12 @@ class Isolated:
 
     Examples
     --------
+    >>> import numpy as np
     >>> from embedkit import Preprocessing
     >>> from embedkit.images import Isolated
-    >>> with Isolated(Preprocessing(), seconds=10) as read:  # doctest: +SKIP
-    ...     read("photo.jpg").shape
-    (224, 224, 3)
+    >>> with Isolated(Preprocessing(img_size=(32, 32)), seconds=10) as read:
+    ...     read(np.zeros((48, 64, 3), dtype=np.uint8)).shape
+    (32, 32, 3)
     """
 
     def __init__(
@@ -124,17 +127,16 @@ class Isolated:
         if isinstance(source, str | os.PathLike):
             id = os.fspath(source) if id is None else id
             source = read_bytes(source, id)
-        name = "image" if id is None else id
-        child = self._borrow()
+        name, request, child = "image" if id is None else id, _request(source), self._borrow()
+        if child.answered:
+            try:
+                return self._asked(child, request, name)
+            except _EndedError:  # An image before this one may have hurt it.
+                child = _Child(self._orders)
         try:
-            found = child.ask(_request(source), self.preprocessing.img_size, self.seconds, name)
-        except BaseException:  # Whatever happened, its next answer might be that to this question.
-            child.end()
-            raise
-        self._give_back(child)
-        if isinstance(found, ImageError):
-            raise found
-        return found
+            return self._asked(child, request, name)
+        except _EndedError as how:
+            raise ImageError(name, f"the decoder ended its process ({how})", "timeout") from None
 
     def close(self) -> None:
         """End the children, those at work when they are done."""
@@ -142,6 +144,17 @@ class Isolated:
             self._closed, idle, self._idle = True, self._idle, []
         for child in idle:
             child.end()
+
+    def _asked(self, child: _Child, request: _Request, id: str) -> Pixels:
+        try:
+            found = child.ask(request, self.preprocessing.img_size, self.seconds, id)
+        except BaseException:  # Whatever happened, its next answer might be that to this question.
+            child.end()
+            raise
+        self._give_back(child)
+        if isinstance(found, ImageError):
+            raise found
+        return found
 
     def _borrow(self) -> _Child:
         while True:
@@ -168,7 +181,7 @@ class _Child:
 
     def __init__(self, orders: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
-        self._socket = ours
+        self._socket, self.answered = ours, False
         with theirs, tempfile.TemporaryFile() as log:
             try:
                 self._process = _started(theirs, log)
@@ -185,26 +198,25 @@ class _Child:
                 if self._answer(time.monotonic() + _START_SECONDS) != (READY, 0):
                     raise _NonsenseError
             except (OSError, EOFError, _NonsenseError) as error:
-                how = _how_ended(self.end()) if not isinstance(error, TimeoutError) else "it takes too long"
+                how = "it takes too long" if isinstance(error, TimeoutError) else _how_ended(self.end())
                 self.end()
                 raise EmbedkitError(f"the process for decoding does not start: {_last_line(log) or how}") from error
             except BaseException:
                 self.end()
                 raise
 
-    def ask(
-        self, request: Sequence[bytes | memoryview], size: tuple[int, int], seconds: float, id: str
-    ) -> Pixels | ImageError:
-        """Return a crop, or why there is none; raise ImageError when that cost the child."""
+    def ask(self, request: _Request, size: tuple[int, int], seconds: float, id: str) -> Pixels | ImageError:
+        """Return a crop, or why there is none; raise ImageError or _EndedError when that cost the child."""
         deadline = time.monotonic() + seconds
         try:
             for part in request:
                 self._socket.settimeout(_left(deadline))
                 self._socket.sendall(part)
             word, length = self._answer(deadline)
+            self.answered = True
             if word == CROP and length == size[0] * size[1] * 3:
                 crop = np.empty((*size, 3), dtype=np.uint8)
-                self._receive(memoryview(crop).cast("B"), deadline)
+                self._receive(crop.data.cast("B"), deadline)
                 return crop
             if word != FAILED or length > MAX_FAILURE_BYTES:
                 raise _NonsenseError
@@ -212,10 +224,12 @@ class _Child:
             self._receive(memoryview(text), deadline)
             return ImageError(id, *_failure(text))
         except TimeoutError:
+            self._kill()
             raise ImageError(id, f"took longer than {seconds:g} s to decode", "timeout") from None
         except (OSError, EOFError):
-            raise ImageError(id, f"the decoder ended its process ({_how_ended(self.end())})", "timeout") from None
+            raise _EndedError(_how_ended(self.end())) from None
         except _NonsenseError:
+            self._kill()
             raise ImageError(id, "the decoder answered with neither pixels nor a reason", "damaged") from None
 
     def waits(self) -> bool:
@@ -234,16 +248,15 @@ class _Child:
     def end(self) -> int | None:
         """End the child, and return its exit status where it ended by itself."""
         self._socket.close()
-        status = self._process.poll()
-        if status is None:
-            with suppress(subprocess.TimeoutExpired):  # Whoever closes the socket is about to go.
-                status = self._process.wait(0.0 if self._process.stdin is None else 0.25)
-        if status is None:
+        try:
+            return self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
             self._kill()
-        if self._process.stdin is not None:
-            with suppress(OSError):
-                self._process.stdin.close()
-        return status
+            return None
+        finally:
+            if self._process.stdin is not None:
+                with suppress(OSError):
+                    self._process.stdin.close()
 
     def _kill(self) -> None:
         with suppress(OSError):
@@ -273,7 +286,11 @@ class _NonsenseError(Exception):
     """An answer that is none."""
 
 
-def _request(source: Any) -> list[bytes | memoryview]:
+class _EndedError(Exception):
+    """A child ended its process; the text says how."""
+
+
+def _request(source: Any) -> _Request:
     """Return what asks for the crop of a source."""
     about: dict[str, Any] = {}
     if isinstance(source, Region):
@@ -281,23 +298,24 @@ def _request(source: Any) -> list[bytes | memoryview]:
         source = source.data
     elif isinstance(source, np.ndarray):
         about = {"shape": source.shape, "dtype": source.dtype.str}
-        source = memoryview(np.ascontiguousarray(source).reshape(-1).view(np.uint8))
+        source = np.ascontiguousarray(source).reshape(-1).view(np.uint8).data
     elif not isinstance(source, bytes):
         raise TypeError(f"an image is decoded from bytes, a Region or an array, not {type(source).__name__}")
     text = json.dumps(about).encode()
     return [REQUEST.pack(len(text), len(source)) + text, source]
 
 
-def _failure(text: bytearray) -> tuple[str, str]:
+def _failure(answer: bytearray) -> tuple[str, str]:
     """Return the reason and the kind that a child gives, which may be anything."""
     try:
-        found = json.loads(text.decode())
+        found = json.loads(answer.decode())
         reason, kind = found["reason"], found["kind"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise _NonsenseError from None
     if not isinstance(reason, str) or kind not in FAILURE_KINDS:
         raise _NonsenseError
-    return " ".join(reason.split())[:_MAX_REASON], kind
+    text = " ".join(reason.split())[:_MAX_REASON]
+    return "".join(sign if sign.isprintable() else "?" for sign in text), kind
 
 
 def _started(theirs: socket.socket, log: BinaryIO) -> subprocess.Popen[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ class NamedFile(NamedTuple):
 
     id: str
     path: str
+    max_bytes: int = MAX_BYTES
 
     @property
     def label(self) -> None:
@@ -37,7 +38,7 @@ class NamedFile(NamedTuple):
 
     def read(self) -> bytes:
         """Return the bytes of the file."""
-        return read_file(self.path, self.id)
+        return read_file(self.path, self.id, max_bytes=self.max_bytes)
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,25 @@ class _Files(Entries):
 
     root: str
     ids: list[str]
+    max_bytes: int
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def entry(self, number: int) -> NamedFile:
         id = self.ids[number]
-        return NamedFile(id, os.path.join(self.root, id))
+        return NamedFile(id, os.path.join(self.root, id), self.max_bytes)
 
 
-def list_files(paths: Iterable[str | os.PathLike[str]]) -> Listing:
+def list_files(paths: Iterable[str | os.PathLike[str]], *, max_bytes: int = MAX_BYTES) -> Listing:
     """List images that are named one by one, whatever they are called.
 
     Parameters
     ----------
     paths : iterable of path-like
         In any order.
+    max_bytes : int
+        A larger file is a failure when it is read.
 
     Returns
     -------
@@ -80,10 +84,10 @@ def list_files(paths: Iterable[str | os.PathLike[str]]) -> Listing:
     >>> listing.root.as_posix(), [file.id for file in listing.files]
     ('/photos', ['1.jpg', 'cat/2.jpg'])
     """
-    return _listed("the list of images", (os.fspath(path) for path in paths))
+    return _listed("the list of images", (os.fspath(path) for path in paths), max_bytes)
 
 
-def list_named(source: str | os.PathLike[str]) -> Listing:
+def list_named(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Listing:
     """List the images that a file names, one a line.
 
     Parameters
@@ -91,6 +95,8 @@ def list_named(source: str | os.PathLike[str]) -> Listing:
     source : path-like
         The file; ``-`` is standard input. Names are paths, those that are relative below the working folder. They end
         with a newline, or with a NUL where there is one, as ``find -print0`` writes them. Empty lines are skipped.
+    max_bytes : int
+        A larger file is a failure when it is read.
 
     Returns
     -------
@@ -114,11 +120,11 @@ def list_named(source: str | os.PathLike[str]) -> Listing:
     >>> folder.cleanup()
     """
     if os.fspath(source) == STANDARD_INPUT:
-        return _listed("standard input", _names("standard input", sys.stdin.buffer))
+        return _listed("standard input", _names("standard input", sys.stdin.buffer), max_bytes)
     name = os.fspath(source)
     try:
         with open(source, "rb") as file:
-            return _listed(name, _names(name, file))
+            return _listed(name, _names(name, file), max_bytes)
     except OSError as error:
         raise unopened(name, error) from error
 
@@ -144,27 +150,28 @@ def read_file(path: str, id: str, *, max_bytes: int = MAX_BYTES) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
             raise ImageError(id, f"{what}, not an image", "not-an-image")
-        with open(path, "rb", buffering=0) as file:
-            # The size may be wrong: of what the system makes up as it is read, or what is being written.
-            data = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)
+        if status.st_size > max_bytes:
+            raise ImageError(id, f"{status.st_size:,} bytes are more than {max_bytes:,}", "too-large")
+        with open(path, "rb") as file:
+            data = file.read(status.st_size + 1)
     except FileNotFoundError as error:
         raise ImageError(id, "the file is missing", "missing") from error
     except PermissionError as error:
         raise ImageError(id, "the file may not be read: permission denied", "permission") from error
     except OSError as error:
         raise ImageError(id, f"the file cannot be read: {error.strerror or error}", "unreadable") from error
-    if max(len(data), status.st_size) > max_bytes:
-        raise ImageError(id, f"the file has more than {max_bytes:,} bytes", "too-large")
+    if len(data) > status.st_size:
+        raise ImageError(id, "the file grows while it is read", "unreadable")
     if not data:
         raise ImageError(id, "the file is empty", "empty")
     return data
 
 
-def _listed(name: str, names: Iterable[str]) -> Listing:
+def _listed(name: str, names: Iterable[str], max_bytes: int) -> Listing:
     """Return the listing of some paths; they may be millions, so each is held once."""
     ids = [os.path.abspath(path) for path in names]
     if not ids:
-        raise ImageError(name, "it names no image", "empty")
+        raise ImageError(name, "it is empty: it names no image", "empty")
     folders = os.path.dirname(min(ids)), os.path.dirname(max(ids))
     try:
         root = os.path.commonpath(folders)
@@ -173,22 +180,21 @@ def _listed(name: str, names: Iterable[str]) -> Listing:
     start = len(os.path.join(root, ""))
     for number, path in enumerate(ids):
         ids[number] = path[start:] if os.sep == "/" else path[start:].replace(os.sep, "/")
-    sort_by_bytes(ids)
+    ids.sort(key=sorting_key(ids))
     for left, right in pairwise(ids):
         if left == right:
             raise ImageError(os.path.join(root, left), "it is in the list twice", "refused")
-    return Listing(Path(root), _Files(root, ids), [], [], 0)
+    return Listing(Path(root), _Files(root, ids, max_bytes), [], [], 0)
 
 
-def sort_by_bytes(ids: list[str]) -> None:
-    """Sort ids by their bytes, without a second copy of a million where their characters lie in the same order."""
+def sorting_key(ids: Iterable[str]) -> Callable[[str], bytes] | None:
+    """Return what to sort ids by so that they end up in the order of their bytes: most often nothing, and no copies."""
     try:
         for id in ids:
             id.encode()
-    except UnicodeEncodeError:  # Bytes that are not UTF-8 stand between ASCII and all else, as characters do not.
-        ids.sort(key=os.fsencode)
-    else:
-        ids.sort()
+    except UnicodeEncodeError:  # Bytes that are not UTF-8 stand elsewhere than the characters that stand for them.
+        return os.fsencode
+    return None
 
 
 def _names(name: str, file: IO[bytes]) -> Iterator[str]:

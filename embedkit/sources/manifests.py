@@ -289,7 +289,10 @@ class _Reading:
             count = f"{len(self.failures):,}"
             raise wrong(self.table.path, f"none of {count} rows names an image; the first: {first}", first.kind)
         if self.splits:
-            found = ", ".join(f"{name!r} ({count:,} rows)" for name, count in self.splits.most_common(10))
+            found = ", ".join(
+                f"{'none' if name is None else _cut(name)} ({count:,} rows)"
+                for name, count in self.splits.most_common(10)
+            )
             raise wrong(self.table.path, f"no rows of the split {self.split!r}; it has {found}", "empty")
         raise wrong(self.table.path, "has columns and no rows", "empty")
 

@@ -21,6 +21,7 @@ Rows = Iterator[tuple[int, Sequence[Any]]]
 _MAX_LINE = 16 << 20  # Characters; a file without line breaks would otherwise be read as a whole.
 _MAX_COLUMNS = 10_000
 _BATCH_ROWS = 8192
+_SIGNS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def _bounded(path: Path, file: TextIO) -> Iterator[str]:
 def _delimiter(path: Path) -> str:
     """Return what separates the columns: spreadsheets of countries with a decimal comma write semicolons."""
     with _lines(path) as lines:
-        header = next(lines, "")
-    return next((sign for sign in ",;\t" if sign in header), ",")
+        header = next((line for line in lines if line.strip()), "")
+    return next((sign for sign in _SIGNS if sign in header), ",")
 
 
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -164,11 +165,8 @@ def _csv_rows(path: Path, delimiter: str, wanted: Sequence[str]) -> Rows:
     at = [header.index(name) for name in wanted]
     for line, values in records:
         if len(values) != len(header):
-            raise wrong(
-                path,
-                f"line {line:,}: {len(values)} values for {len(header)} columns; quote values that contain "
-                f"{'a tab' if delimiter == chr(9) else delimiter!r}",
-            )
+            reason = f"{len(values)} values for {len(header)} columns; quote values that contain {_SIGNS[delimiter]}"
+            raise wrong(path, f"line {line:,}: {reason}")
         yield line, [values[column] for column in at]
 
 
@@ -204,6 +202,9 @@ def _json_rows(path: Path, wanted: Sequence[str]) -> Rows:
 # --- Parquet
 
 
+_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+
+
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
     """Open a Parquet file; its pages are read as they are needed, so a row group may be of any size."""
@@ -216,7 +217,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise unopened(os.fspath(path), error) from error
     try:
-        with file, parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+        with file, parquet.ParquetFile(file, **_OPTIONS) as table:
             yield table
     except Exception as error:  # Whatever a parser raises.
         reason = " ".join(str(error).split()) or type(error).__name__

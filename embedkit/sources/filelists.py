@@ -169,7 +169,7 @@ def read_file(path: str, id: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 def _listed(name: str, names: Iterable[str], max_bytes: int) -> Listing:
     """Return the listing of some paths; they may be millions, so each is held once."""
-    ids = [os.path.abspath(path) for path in names]
+    ids = [absolute(path) for path in names]
     if not ids:
         raise ImageError(name, "it is empty: it names no image", "empty")
     folders = os.path.dirname(min(ids)), os.path.dirname(max(ids))
@@ -185,6 +185,13 @@ def _listed(name: str, names: Iterable[str], max_bytes: int) -> Listing:
         if left == right:
             raise ImageError(os.path.join(root, left), "it is in the list twice", "refused")
     return Listing(Path(root), _Files(root, ids, max_bytes), [], [], 0)
+
+
+def absolute(path: str) -> str:
+    """Return an absolute path without detours."""
+    path = os.path.abspath(path)
+    # Python keeps two slashes at the beginning, which POSIX lets mean something; where they are used they are one.
+    return path[1:] if os.sep == "/" and path.startswith("//") else path
 
 
 def sorting_key(ids: Iterable[str]) -> Callable[[str], bytes] | None:

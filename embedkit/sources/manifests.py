@@ -22,7 +22,7 @@ from embedkit.images import Region
 from embedkit.sources.boxes import BOX_FORMATS, Box, fragment, read_box
 from embedkit.sources.columns import Columns, choose_columns
 from embedkit.sources.entries import GONE, Entries, Listing, classes_of, require_inside, status_of
-from embedkit.sources.filelists import MAX_BYTES, read_file, sorting_key
+from embedkit.sources.filelists import MAX_BYTES, absolute, read_file, sorting_key
 from embedkit.sources.tables import Table, open_table, text_of, wrong
 
 _MAX_NAME_BYTES = 4096  # Of an id or a class.
@@ -264,7 +264,7 @@ class _Reading:
                 f"{_cut(given)} climbs with ..; write it relative to one folder, and name that: --root", "refused"
             )
         if os.path.isabs(path):
-            path = os.path.normpath(path)
+            path = absolute(path)
             root = next((root for root in self._roots if path.startswith(root)), None)
             if root is None:
                 raise _Bad(

@@ -26,8 +26,12 @@ MAY_IMPORT = {
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "heads": {"errors", "spec", "store"},
     "evaluation": {"errors", "spec", "text", "images", "backbones", "store", "extraction", "index", "heads"},
-    "cli": {"errors", "spec", "text", "images", "backbones", "store", "extraction", "index", "heads", "evaluation"},
-}
+    "diagnosis": {"errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads"},
+    "cli": {
+        "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
+        "evaluation", "diagnosis",
+    },
+}  # fmt: skip
 ONLY_USER = {
     "PIL": "images",
     "simplejpeg": "images",
@@ -40,6 +44,10 @@ ONLY_USER = {
     "pyarrow": "store and sources",
     "pandas": "store",
     "lance": "store",
+    "aiohttp": "sources",
+    "datasets": "sources",
+    "fsspec": "sources",
+    "threadpoolctl": "diagnosis",
     "click": "cli",
     "tqdm": "cli",
 }

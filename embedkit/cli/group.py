@@ -14,6 +14,7 @@ import click
 
 from embedkit import __version__
 from embedkit.cli.commands import info, models, probe, search
+from embedkit.cli.diagnosis import doctor
 from embedkit.cli.extraction import extract
 from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
@@ -73,6 +74,6 @@ def main() -> None:
 
 
 for _command in (
-    extract, info, status, verify, merge, select, export_store, import_store, search, probe, models,
+    extract, info, status, verify, merge, select, export_store, import_store, search, probe, models, doctor,
 ):  # fmt: skip
     main.add_command(_command)

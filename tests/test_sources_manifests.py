@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import embedkit as ek
 from embedkit import ImageError
 from embedkit.images import Region
-from embedkit.sources import Entry, Listing, content_sha256, list_folder, list_manifest
+from embedkit.sources import Listing, content_sha256, list_folder, list_manifest
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -56,11 +57,7 @@ def save(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> P
 
 def facts(listing: Listing) -> list[tuple[str, str | None, tuple[int, int], bytes]]:
     """Return all that a store would keep of a listing."""
-
-    def sha256(file: Entry) -> bytes:
-        return content_sha256(file.read())
-
-    return [(file.id, file.label, file.status(), sha256(file)) for file in listing.files]
+    return [(file.id, file.label, file.status(), content_sha256(file.read())) for file in listing.files]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -82,6 +79,16 @@ def test_a_manifest_of_real_flowers_is_the_folder(flowers: Path) -> None:
         assert listing.files[number].status() == folder.files[number].status()
     parts = [list_manifest(flowers / "split.csv", split=name) for name in ("train", "val")]
     assert sorted(file.id for part in parts for file in part.files) == sorted(file.id for file in folder.files)
+
+
+def test_a_store_of_a_manifest_is_that_of_the_folder(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    backbone = ek.Backbone.load(str(tiny_backbone))
+    rows = [(file.label, os.fspath(photos / file.id)) for file in reversed(list_folder(photos).files)]
+    manifest = list_manifest(save(tmp_path / "m.csv", ["class", "image"], rows), root=photos)
+    stores = [
+        ek.extract(source, tmp_path / f"{name}.h5", backbone) for name, source in (("f", photos), ("m", manifest))
+    ]
+    assert stores[0].content_id == stores[1].content_id
 
 
 def test_entries_are_a_sequence_sorted_by_the_bytes_of_their_ids(tmp_path: Path) -> None:

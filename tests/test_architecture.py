@@ -45,6 +45,7 @@ ONLY_USER = {
     "pandas": "store",
     "lance": "store",
     "aiohttp": "sources",
+    "av": "sources",
     "datasets": "sources",
     "fsspec": "sources",
     "threadpoolctl": "diagnosis",

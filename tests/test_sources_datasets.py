@@ -334,10 +334,12 @@ def test_a_folder_is_told_to_be_a_dataset(tmp_path: Path) -> None:
 
 
 def test_no_rows_are_an_error(tmp_path: Path) -> None:
-    rows(2).select([]).save_to_disk(tmp_path / "d")
-    assert failure(lambda: list_dataset(tmp_path / "d"))[1:] == ("it has no rows", "missing")
-    datasets.DatasetDict(train=rows(2), test=rows(2).select([])).save_to_disk(tmp_path / "e")
-    assert len(list_dataset(tmp_path / "e").files) == 2
+    datasets.DatasetDict(train=rows(2), test=rows(1)).save_to_disk(tmp_path / "d")
+    # The package saves an empty split so, or fails to, according to its version.
+    state = tmp_path / "d" / "test" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": []}))
+    assert len(list_dataset(tmp_path / "d").files) == 2
+    assert failure(lambda: list_dataset(tmp_path / "d" / "test"))[1:] == ("it has no rows", "missing")
 
 
 @pytest.mark.parametrize("name", ["org/things", "things"])

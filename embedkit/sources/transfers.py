@@ -6,6 +6,7 @@ import asyncio
 import io
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from embedkit.errors import ImageError, MissingExtraError
 WEB = ("http", "https")
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # In whose URLs a container stands before the @, and no secret.
 _WAIT_AT_MOST = 60.0  # Seconds, whatever a server asks for.
+_PIECE = 1 << 20
 
 T = TypeVar("T")
 
@@ -88,7 +90,11 @@ class Place:
 
     def _stream(self, path: str, id: str, max_bytes: int) -> bytes:
         buffer = _Bounded(id, max_bytes)
-        self.fs.get_file(path, buffer)
+        if self.web:
+            self.fs.get_file(path, buffer)
+        else:
+            with self.fs.open(path, "rb") as file:
+                shutil.copyfileobj(file, buffer, _PIECE)
         return buffer.getvalue()
 
 

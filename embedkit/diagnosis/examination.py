@@ -34,7 +34,7 @@ PROBES: dict[str, Callable[[], Iterable[Finding]]] = {
     "locks": places.locks,
     "self-test": rehearsal.selftest,
 }
-_SECONDS = 30.0
+_SECONDS = 40.0
 # With the very modules of this process, in their order: the working folder may hold anything.
 _START = "import sys; sys.path[:] = sys.argv[2:]; from embedkit.diagnosis.examination import probe; probe(sys.argv[1])"
 
@@ -46,7 +46,7 @@ def examine(probes: Sequence[str] | None = None, *, seconds: float = _SECONDS) -
     ----------
     probes : sequence of str, optional
         Which ones of `PROBES`; by default all.
-    seconds : float, default 30
+    seconds : float, default 40
         How long all of them may take, and any one half of it.
 
     Yields

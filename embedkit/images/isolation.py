@@ -48,8 +48,8 @@ class Isolated:
 
     Every thread that calls it borrows one child, which is started when there is none to borrow. A child that takes too
     long is killed, and the next image gets a fresh one; an image over which a used child ends its process is tried once
-    more in a fresh one. A child is limited in time and memory, and what it answers is
-    never believed beyond its form; it is no sandbox, for it may still do what the user may.
+    more in a fresh one. A child is limited in time and memory, and of its answers nothing is believed but the pixels
+    and the text of a reason. It is no sandbox: what takes a child over may do what the user may.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """How bytes become pixels; the only room that uses Pillow."""
 
 from embedkit.images.decoding import read_bytes, read_image, thumbnail
-from embedkit.images.headers import Header, read_header
+from embedkit.images.inspection import Header, read_header
 from embedkit.images.isolation import Isolated
 from embedkit.images.pixels import CROP_MODES, DECODERS, INTERPOLATIONS, crop, read_crop
 from embedkit.images.regions import Data, Region

@@ -142,7 +142,7 @@ def list_video(path: str | os.PathLike[str], fps: float | str | Fraction = 1) ->
 
     Examples
     --------
-    >>> from embedkit.sources import list_video
+    >>> from embedkit.sources.videos import list_video
     >>> [frame.id for frame in list_video("clip.mp4", fps=2).files]  # doctest: +SKIP
     ['clip.mp4#t=0.0', 'clip.mp4#t=0.5', 'clip.mp4#t=1.0']
     """

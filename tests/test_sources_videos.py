@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import takewhile
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from embedkit import ImageError
+from embedkit.sources import decoders
 from embedkit.sources.videos import VIDEO_SUFFIXES, VideoFrame, list_video, list_videos
 
 av = pytest.importorskip("av")
@@ -425,3 +426,18 @@ def test_a_rate_that_is_none_is_refused(fps: float | str, tmp_path: Path) -> Non
 
 def test_suffixes_are_sorted_and_lower_case() -> None:
     assert list(VIDEO_SUFFIXES) == sorted({suffix.lower() for suffix in VIDEO_SUFFIXES})
+
+
+def test_reading_in_the_order_of_ids_decodes_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, seen = decoders._moments, []
+
+    def counted(*args: Any, **options: Any) -> Iterator[Any]:
+        for moment in decode(*args, **options):
+            seen.append(moment.at)
+            yield moment
+
+    monkeypatch.setattr(decoders, "_moments", counted)
+    path = make(tmp_path / "clip.mp4", 1150, gop=10)
+    for frame in list_video(path, 2).files:  # 0.0 to 9.5, 10.0, 100.0, 100.5 ...
+        assert number_in(np.asarray(frame.read())) == round(frame.time * 10)  # type: ignore[attr-defined]
+    assert 1140 <= len(set(seen)) <= len(seen) <= 1190

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "text": set(),
     "spec": {"errors"},
     "images": {"errors", "spec"},
-    "sources": {"errors", "images"},
+    "sources": {"errors", "text", "images"},
     "backbones": {"errors", "spec", "images"},
     "store": {"errors", "spec"},
     "extraction": {"errors", "spec", "images", "sources", "backbones", "store"},

@@ -1,0 +1,294 @@
+"""Catalogue: the images of an archive in columns, since there may be millions of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.errors import ImageError
+from embedkit.sources.entries import by_bytes, classes_of, first_folder, have_folders, require_inside
+from embedkit.sources.folders import SUFFIXES, is_called
+from embedkit.sources.members import Member, Place
+from embedkit.text import printable
+
+MAX_LABEL_BYTES = 1024
+_MOST_NAME = 4096  # The longest path that systems take.
+_MOST_HOPS = 40
+_TYPES = {"packed": "b", "crc": "Q"}
+_NOWHERE = Place(0, 0, 0, 0)
+
+
+class Columns(NamedTuple):
+    """Images sorted by the bytes of their ids, a column for each thing that is known about them.
+
+    `labels` are numbers of `texts`, or -1, where the archive has a label beside each image.
+    """
+
+    ids: list[str]
+    places: dict[str, npt.NDArray[np.int64]]
+    texts: list[str]
+    labels: npt.NDArray[np.int32] | None
+
+    def place(self, number: int) -> Place:
+        """Return where an image lies."""
+        offset, stored, size, time_ns, packed, crc = (int(column[number]) for column in self.places.values())
+        return Place(offset, stored, size, time_ns, bool(packed), crc)
+
+    def label(self, number: int, shaped: bool) -> str | None:
+        """Return the label of an image: what lies beside it, or else its first folder if the folders are classes."""
+        if self.labels is None:
+            return first_folder(self.ids[number]) if shaped else None
+        code = int(self.labels[number])
+        return self.texts[code] if code >= 0 else None
+
+    def classes(self) -> list[str]:
+        """Return the classes that images have."""
+        if self.labels is None:
+            return classes_of(map(first_folder, self.ids)) if have_folders(self.ids) else []
+        return classes_of(self.texts[code] for code in np.unique(self.labels[self.labels >= 0]).tolist())
+
+
+class Catalogue:
+    """What an archive holds, taken in member by member.
+
+    Parameters
+    ----------
+    name : str
+        What failures of the archive itself are called.
+    read : callable
+        Returns the bytes of a small member.
+    most_bytes : int
+        What an image may have.
+
+    Attributes
+    ----------
+    failures : list of ImageError
+        What is called like an image and cannot be one, and what is wrong with the archive; filled by `columns`.
+    ignored : int
+        Members that are not called like images, or are hidden.
+    """
+
+    def __init__(self, name: str, read: Callable[[Place, str], bytes], most_bytes: int) -> None:
+        self.name, self.read, self.most_bytes = name, read, most_bytes
+        self.failures: list[ImageError] = []
+        self.ignored = 0
+        self._names: list[bytes] = []
+        self._columns = {name: array(_TYPES.get(name, "q")) for name in Place._fields}
+        self._faults: dict[int, tuple[str, str]] = {}
+        self._folders: dict[int, None] = {}
+        self._links: dict[int, tuple[bytes, int]] = {}
+        self._taken = 0
+        self._labels: dict[int, int] = {}
+        self._texts: dict[str, int] = {}
+        self._all_links: set[bytes] = set()
+        self._own: list[tuple[str, str]] = []
+
+    @property
+    def has_images(self) -> bool:
+        """Whether anything was called like an image."""
+        return len(self._names) > len(self._labels)
+
+    def take(self, member: Member) -> None:
+        """Take in the next member."""
+        self._taken += 1
+        if not member.name:
+            self._own.append((member.reason or "a member without a name", member.kind or "damaged"))
+            return
+        name = plain(member.name)
+        if member.target:
+            self._all_links.add(plain(member.target))
+        id = name.decode("utf-8", "surrogateescape")
+        if not is_called(id, SUFFIXES):
+            if not member.folder:
+                self.ignored += 1
+                if id.endswith(".cls") and member.place and not _is_hidden(name):
+                    self._take_label(name, id, member.place)
+            return
+        if len(name) > _MOST_NAME:
+            reason = f"a name of {len(name):,} bytes; at most {_MOST_NAME:,} are taken"
+            self._row(name[:_MOST_NAME], _NOWHERE, (reason, "refused"))
+            return
+        try:
+            require_inside(id)
+        except ImageError as error:
+            self._row(name, _NOWHERE, ("its name points out of the archive", error.kind))
+            return
+        if _is_hidden(name):
+            self.ignored += not member.folder
+        else:
+            self._take_image(name, member)
+
+    def resolve(self, members: Iterator[Member]) -> None:
+        """Find what hard links stand for, going through the members a second time; only their targets are kept."""
+        if not self._links:
+            return
+        found: dict[bytes, list[tuple[int, Member]]] = {}
+        for position, member in enumerate(members, 1):
+            if member.name and (name := plain(member.name)) in self._all_links:
+                found.setdefault(name, []).append((position, member))
+        for row, (target, position) in self._links.items():
+            if file := _resolved(found, target, position):
+                self._resolve(row, file)
+            else:
+                link = target.decode("utf-8", "surrogateescape")
+                self._faults[row] = (f"a hard link to {printable(link)}, which the archive does not have", "missing")
+
+    def columns(self) -> Columns:
+        """Return the images, and make the failures known; what was taken in is given up meanwhile, to save memory."""
+        names = self._names
+        order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
+        order = order[self._are_last(order)]
+        codes = self._codes(order) if self._labels else {}
+        bad = np.isin(order, [*self._faults, *self._labels])
+        faults = [(self._id(row), row) for row in order[bad].tolist() if row in self._faults]
+        rows = order[~bad]
+        ids: list[str] = []
+        for row in rows:
+            ids.append(self._id(row))
+            names[row] = b""
+        self._fail(faults, ids)
+        places = {name: np.array(self._columns.pop(name))[rows] for name in Place._fields}
+        labels = np.array([codes.get(row, -1) for row in rows.tolist()], dtype=np.int32) if codes else None
+        return Columns(ids, places, list(self._texts), labels)
+
+    def _id(self, row: int) -> str:
+        return self._names[row].decode("utf-8", "surrogateescape")
+
+    def _take_image(self, name: bytes, member: Member) -> None:
+        if member.folder:
+            self._folders[len(self._names)] = None
+            self._row(name, _NOWHERE, ("a folder, not an image", "not-an-image"))
+            return
+        if member.target:
+            self._links[len(self._names)] = plain(member.target), self._taken
+            self._row(name, _NOWHERE)
+        else:
+            self._row(name, member.place or _NOWHERE, self._fault(member))
+
+    def _fault(self, member: Member) -> tuple[str, str] | None:
+        place = member.place
+        if place is None:
+            return (member.reason, member.kind) if member.reason else ("a hard link to a folder", "refused")
+        if place.size == 0:
+            return "the file is empty", "empty"
+        if place.size > self.most_bytes:
+            return f"{place.size:,} bytes; at most {self.most_bytes:,} are read", "too-large"
+        return None
+
+    def _row(self, name: bytes, place: Place, fault: tuple[str, str] | None = None) -> None:
+        if fault:
+            self._faults[len(self._names)] = fault
+            name = _harmless(name)
+            place = _NOWHERE  # What it says may be more than a column holds.
+        self._names.append(name)
+        for column, value in zip(self._columns.values(), place, strict=True):
+            column.append(value)
+
+    def _resolve(self, row: int, file: Member) -> None:
+        if fault := self._fault(file):
+            self._faults[row] = fault
+            return
+        assert file.place is not None
+        for column, value in zip(self._columns.values(), file.place, strict=True):
+            column[row] = value
+
+    def _take_label(self, name: bytes, id: str, place: Place) -> None:
+        """Take the text of a ``.cls`` member, the label of the images of the same sample."""
+        fault, text = None, ""
+        if place.size > MAX_LABEL_BYTES:
+            fault = (f"a label of {place.size:,} bytes; at most {MAX_LABEL_BYTES:,} are read", "too-large")
+        else:
+            try:
+                text = self.read(place, id).decode().strip()
+            except UnicodeDecodeError:
+                fault = ("a label that is not UTF-8", "damaged")
+            except ImageError as error:
+                fault = (error.reason, error.kind)
+        if not fault and (not text or "\0" in text):
+            fault = ("a label without a text", "damaged")
+        self._labels[len(self._names)] = -1 if fault else self._texts.setdefault(text, len(self._texts))
+        self._row(name, _NOWHERE, fault)
+
+    def _are_last(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which rows have a name that does not come again in the archive: the last wins, as in unpacking."""
+        names = self._names
+        last = np.ones(len(order), dtype=bool)
+        for at, (row, after) in enumerate(itertools.pairwise(order)):
+            last[at] = names[row] != names[after]
+        return last
+
+    def _codes(self, order: npt.NDArray[np.int64]) -> dict[int, int]:
+        """Return the labels of rows: those of one sample are neighbours, for their names begin alike."""
+        codes: dict[int, int] = {}
+        for _, rows in itertools.groupby(order.tolist(), key=lambda row: _sample(self._names[row])):
+            sample = list(rows)
+            code = next((self._labels[row] for row in sample if row in self._labels), -1)
+            if code >= 0:
+                codes.update(dict.fromkeys(sample, code))
+        return codes
+
+    def _fail(self, faults: list[tuple[str, int]], ids: list[str]) -> None:
+        for id, row in faults:
+            if row not in self._folders or not _holds(ids, id):
+                self.failures.append(ImageError(id, *self._faults[row]))
+        if self._own:
+            reason, kind = self._own[0]
+            name = self.name
+            while name in ids or any(failure.id == name for failure in self.failures):
+                name += "!"  # It is called like one of its members.
+            more = f" (and {len(self._own) - 1:,} more such places)" if len(self._own) > 1 else ""
+            self.failures.append(ImageError(name, reason + more, kind))
+        self.failures.sort(key=by_bytes)
+
+
+def plain(name: bytes) -> bytes:
+    """Return a name without ``.`` and doubled slashes, which mean nothing."""
+    if b"./" not in name and b"//" not in name:
+        return name
+    start = b"/" if name.startswith(b"/") else b""
+    return start + b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
+
+
+def _harmless(name: bytes) -> bytes:
+    """Return a name that stays below its root, for a store keeps the ids of failures too: as URLs write such signs."""
+    name = name.replace(b"\0", b"%00")
+    if name.startswith(b"/"):
+        name = b"%2F" + name[1:]
+    parts = name.split(b"/")
+    return b"/".join(b"%2E%2E" if part == b".." else part for part in parts) if b".." in parts else name
+
+
+def _is_hidden(name: bytes) -> bool:
+    return name.startswith((b".", b"__MACOSX/")) or b"/." in name
+
+
+def _sample(name: bytes) -> bytes:
+    """Return what the members of a sample have in common: the name up to the first dot that follows the folders."""
+    dot = name.find(b".", name.rfind(b"/") + 1)
+    return name[:dot]
+
+
+def _holds(ids: list[str], folder: str) -> bool:
+    """Return whether one of some ids, sorted by their bytes, lies in a folder."""
+    at = bisect_left(ids, os.fsencode(folder + "/"), key=os.fsencode)
+    return at < len(ids) and ids[at].startswith(folder + "/")
+
+
+def _resolved(found: dict[bytes, list[tuple[int, Member]]], target: bytes, position: int) -> Member | None:
+    """Return the member that a link names: the last before the link, as in unpacking, or else the last of all."""
+    for _ in range(_MOST_HOPS):
+        members = found.get(target)
+        if not members:
+            return None
+        position, member = next((pair for pair in reversed(members) if pair[0] < position), members[-1])
+        if not member.target:
+            return member
+        target = plain(member.target)
+    return None

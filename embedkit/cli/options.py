@@ -140,6 +140,18 @@ _BACKBONE_OPTIONS = [
 ]  # fmt: skip
 
 _SOURCE_OPTIONS = [
+    click.option("--files-from", metavar="LIST", help="Take the images that a file names, one a line; - reads them."),
+    click.option(
+        "--columns", type=_KeyValue(), multiple=True, callback=lambda ctx, param, value: dict(value) or None,
+        metavar="ROLE=NAME", help="Column of a table for path, id, label, split or box; may be repeated.",
+    ),
+    click.option("--root", type=FILE, help="Folder that the paths in a table are relative to.  [default: the table's]"),
+    click.option("--split", metavar="NAME", help="Take the rows of this split of a table or a dataset."),
+    click.option(
+        "--box-format", type=click.Choice(["xyxy", "xywh"]),
+        help="Boxes of a table: two corners, or a corner and a size.  [default: by the columns' names]",
+    ),
+    click.option("--fps", metavar="RATE", help="Take so many frames a second of videos, such as 1, 0.2 or 30000/1001."),
     click.option(
         "--include", multiple=True, metavar="GLOB",
         help="Take only images like this: a name such as *.png, or with a slash a whole id such as cat/*.",

@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Joined(Entries):
-    """Entries of several listings under ids that begin with the listing's name."""
+    """Entries of several listings, whose ids begin with the listing's name where it has one."""
 
     names: Sequence[str]
     listings: Sequence[Listing]
@@ -36,7 +36,7 @@ class _Joined(Entries):
     def entry(self, number: int) -> Entry:
         which = self.which[number]
         entry = self.listings[which].files[int(self.numbers[number])]
-        return Renamed(f"{self.names[which]}/{entry.id}", entry)
+        return Renamed(self.names[which] + entry.id, entry) if self.names[which] else entry
 
 
 @dataclass(frozen=True)
@@ -74,28 +74,36 @@ def join(listings: Mapping[str, Listing]) -> Listing:
     >>> [file.id for file in join({"spring": spring, "autumn": autumn}).files]
     ['autumn/1.jpg', 'spring/1.jpg']
     """
-    names, parts = list(listings), list(listings.values())
+    joined = _united(list(listings.items()), _common_root([part.root for part in listings.values()]))
+    return replace(joined, sources={name: part.root for name, part in listings.items()})
+
+
+def unite(listings: Sequence[Listing]) -> Listing:
+    """Return several listings of one source, such as its images and the frames of its videos, as one."""
+    return _united([("", listing) for listing in listings], listings[0].root)
+
+
+def _united(named: Sequence[tuple[str, Listing]], root: Path | str) -> Listing:
+    names, parts = [f"{name}/" if name else "" for name, _ in named], [part for _, part in named]
     which = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.files) for part in parts])
     numbers = np.concatenate([np.arange(len(part.files)) for part in parts]).astype(np.int64)
-    ids = [os.fsencode(f"{name}/{id}") for name, part in listings.items() for id in ids_of(part.files)]
+    ids = [os.fsencode(name + id) for name, part in zip(names, parts, strict=True) for id in ids_of(part.files)]
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
     for left, right in itertools.pairwise(order.tolist()):
         if ids[left] == ids[right]:  # Possible where names hold slashes.
-            raise ImageError(
-                os.fsdecode(ids[left]), "two sources have an image of this id; name them otherwise", "refused"
-            )
+            reason = "two sources have an image of this id; name them otherwise"
+            raise ImageError(os.fsdecode(ids[left]), reason, "refused")
     failures = [
-        ImageError(f"{name}/{failure.id}", failure.reason, failure.kind)
-        for name, part in listings.items()
+        ImageError(name + failure.id, failure.reason, failure.kind)
+        for name, part in zip(names, parts, strict=True)
         for failure in part.failures
     ]
     return Listing(
-        root=_common_root([part.root for part in parts]),
+        root=root,
         files=_Joined(names, parts, which[order], numbers[order]),
         classes=classes_of(itertools.chain.from_iterable(part.classes for part in parts)),
         failures=sorted(failures, key=by_bytes),
         ignored=sum(part.ignored for part in parts),
-        sources={name: part.root for name, part in listings.items()},
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 
 from embedkit.errors import ImageError
-from embedkit.images import Data, Region, read_bytes
+from embedkit.images import MAX_BYTES, Data, Region, read_bytes
 
 GONE = (0, -1)  # Size and time that no file has.
 
@@ -53,14 +53,15 @@ class ImageFile(NamedTuple):
     id: str
     path: str
     label: str | None = None
+    max_bytes: int = MAX_BYTES
 
     def status(self) -> tuple[int, int]:
         """Return size and modification time; of a file that is gone, what no file has."""
         return status_of(self.path)
 
-    def read(self) -> Data:
+    def read(self) -> bytes:
         """Return the bytes of the file."""
-        return read_bytes(self.path, self.id)
+        return read_bytes(self.path, self.id, self.max_bytes)
 
 
 class Renamed(NamedTuple):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedkit.errors import ImageError
+from embedkit.images import MAX_BYTES
 from embedkit.sources.entries import (
     Entries,
     ImageFile,
@@ -32,16 +33,20 @@ class _Below(Entries):
     root: str
     ids: Sequence[str]
     shaped: bool
+    max_bytes: int
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def entry(self, number: int) -> ImageFile:
         id = self.ids[number]
-        return ImageFile(id, os.path.join(self.root, id), first_folder(id) if self.shaped else None)
+        label = first_folder(id) if self.shaped else None
+        return ImageFile(id, os.path.join(self.root, id), label, self.max_bytes)
 
 
-def list_folder(root: str | os.PathLike[str], *, follow_links: bool = False) -> Listing:
+def list_folder(
+    root: str | os.PathLike[str], *, follow_links: bool = False, max_bytes: int = MAX_BYTES
+) -> Listing:
     """List the images below a folder without opening any.
 
     Names decide: see `SUFFIXES`. Hidden files are left out. When no image lies in the folder itself, an image's class
@@ -55,6 +60,8 @@ def list_folder(root: str | os.PathLike[str], *, follow_links: bool = False) -> 
         Whether symbolic links that lead out of the folder are followed. In a folder from a stranger they may lead
         anywhere, so each is a failure by default. Links inside the folder are always followed, except back to a folder
         above themselves.
+    max_bytes : int, default 536870910
+        A larger file is a failure.
 
     Returns
     -------
@@ -83,7 +90,7 @@ def list_folder(root: str | os.PathLike[str], *, follow_links: bool = False) -> 
             raise ImageError(os.fspath(root), "is a file; name the folder that holds the images", "not-an-image")
         raise ImageError(os.fspath(root), "no such folder", "missing")
     walk = find_files(root, SUFFIXES, follow_links=follow_links)
-    files = _Below(os.fspath(root), walk.ids, shaped=have_folders(walk.ids))
+    files = _Below(os.fspath(root), walk.ids, have_folders(walk.ids), max_bytes)
     if not files and not walk.failures:
         raise ImageError(
             os.fspath(root),

@@ -13,6 +13,7 @@ from embedkit.errors import ImageError
 
 # What a PNG says of its transparent colour is in the units of the file; its pixels were scaled when they were decoded.
 _SAMPLE_STEPS = {"L;2": 85, "L;4": 17}
+_PHOTOMETRIC = 262
 
 
 def note_transparency(image: Image.Image) -> None:
@@ -44,7 +45,7 @@ def to_rgb(image: Image.Image, *, icc: bool = False) -> Image.Image:
         When its numbers have no black and white that is known.
     """
     if image.mode.startswith("I"):
-        return _over_white(_from_integers(np.asarray(image)), _transparent(image))
+        return _over_white(_from_integers(_upward(image)), _transparent(image))
     if image.mode == "F":
         return _from_float(np.asarray(image))
     profile = image.info.get("icc_profile") if icc else None
@@ -102,6 +103,13 @@ def _raw_mode(image: Image.Image) -> str:
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _upward(image: Image.Image) -> npt.NDArray[Any]:
+    """Return integers of which zero is black. Of 16 bits, Pillow forgets that a TIFF may have it the other way round."""
+    pixels = np.asarray(image)
+    inverted = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    return 65535 - pixels if inverted else pixels
 
 
 def _transparent(image: Image.Image) -> npt.NDArray[np.bool_] | None:

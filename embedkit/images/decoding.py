@@ -17,6 +17,7 @@ from embedkit.images.truncation import mended
 
 # A file with more bytes than its pixels could have is none that is worth reading.
 BYTES_A_PIXEL = 3
+_MOST_BYTES_A_PIXEL = 8  # Of a PNG with 16 bits, uncompressed.
 TRUNCATED = ("fail", "pad")
 _ORIENTATION = 0x0112
 _TURNED_BY_THEIR_READER = ("HEIF", "JXL")
@@ -120,7 +121,9 @@ def read_image(
     try:
         return _read_data(data, name, exif, icc, max_pixels)
     except ImageError as error:
-        whole = mended(data) if truncated == "pad" and error.kind == "truncated" else None
+        whole = (
+            mended(data, _MOST_BYTES_A_PIXEL * max_pixels) if truncated == "pad" and error.kind == "truncated" else None
+        )
         if whole is None:
             raise
         try:

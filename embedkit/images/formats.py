@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -18,24 +20,30 @@ from embedkit.images.truncation import is_truncated
 # Registers every plugin once, here, rather than in the first of several decoding threads.
 Image.init()
 # Without EPS, PDF and WMF, which run other programs; without what Pillow only half knows (GRIB, HDF5, MPEG), what has
-# no signature (IM, PCD, PIXAR, SPIDER), and FITS, whose numbers have no black and white. MPO comes with JPEG. TGA has
+# no signature (IM, IMT, SPIDER), and FITS, whose numbers have no black and white. MPO comes with JPEG. TGA has
 # no signature either, but is common: it comes last, and only for bytes that are nothing else.
 _WANTED = (
     "JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "PSD", "PPM", "QOI", "ICO", "ICNS", "CUR", "DDS",
-    "PCX", "DCX", "DIB", "SGI", "SUN", "MSP", "FLI", "BLP", "FTEX", "XBM", "XPM", "TGA",
+    "PCX", "DCX", "DIB", "SGI", "SUN", "MSP", "FLI", "BLP", "FTEX", "XBM", "XPM", "PIXAR", "PCD", "TGA",
 )  # fmt: skip
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
-_WEAK = {"TGA", "PCX", "DIB", "CUR", "XBM"}  # What begins like these need not be one.
+# What begins like these need not be one: their failures say nothing of the file, and those without a signature worth
+# the name are tried only for what nothing else explains.
+_WEAK = {"TGA", "PCX", "DIB", "CUR", "XBM", "PCD"}
+_LAST = {"TGA", "PCX", "DIB", "CUR"}
 # Pillow warns of large images and odd EXIF blocks in the middle of decoding; here an image is read or it is not. A
 # filter for the whole process, because warnings.catch_warnings is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"(PIL|pillow_heif|pillow_jxl)\b")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # What it logs of damaged files, nobody asked for.
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB is a bomb or a mistake.
 
 _Factory = Callable[[io.BytesIO, str], ImageFile.ImageFile]
 # What a reader raises for bytes that are not of its format, or of an odd kind of it; Pillow's own list.
 _NOT_MINE = (SyntaxError, IndexError, TypeError, struct.error)
+_UNSUPPORTED = re.compile("unsupported|unknown|unimplemented|cannot handle|not supported", re.IGNORECASE)
+_TRUNCATED = re.compile("truncated|not enough|expected to read|premature", re.IGNORECASE)
 _DNG_VERSION, _FILE_TYPE, _INNER_IMAGES, _TILE_WIDTH, _TILE_HEIGHT = 50706, 254, 330, 322, 323
 
 
@@ -82,11 +90,13 @@ def reason_and_kind(error: Exception, data: bytes = b"") -> tuple[str, str]:
     text = "".join(sign if sign.isprintable() else "?" for sign in text)  # It may quote the file.
     if isinstance(error, ImageError):
         return error.reason, error.kind
+    if text.startswith("Generic Error"):  # libjxl's, with advice for those who build it.
+        text = "the decoder gives no reason"
     if isinstance(error, Image.DecompressionBombError | MemoryError) or "MAX_TEXT" in text:
         return f"too large: {text}", "too-large"
-    if isinstance(error, NotImplementedError) or "unsupported" in text.lower() or "unknown" in text.lower():
+    if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
         return f"of a kind that is not read: {text}", "unsupported"
-    if "truncated" in text.lower() or isinstance(error, EOFError) or is_truncated(data):
+    if _TRUNCATED.search(text) or isinstance(error, EOFError) or is_truncated(data):
         return f"truncated: {text}", "truncated"
     return f"cannot be decoded: {text}", "damaged"
 
@@ -100,7 +110,7 @@ def _open(data: bytes, name: str) -> ImageFile.ImageFile:
     failure: tuple[str, Exception] | None = None
     recognised = recognise(data) if readers[0][0] == FORMATS[0] else None
     for format, factory, accept in readers:
-        if recognised is not None and format in _WEAK:
+        if recognised is not None and format in _LAST:
             continue
         try:
             if accept is None or accept(data[:16]) is True:
@@ -112,7 +122,7 @@ def _open(data: bytes, name: str) -> ImageFile.ImageFile:
             raise ImageError(name, *reason_and_kind(error, data)) from error
     if failure is not None:
         reason, kind = reason_and_kind(failure[1], data)
-        raise ImageError(name, f"a {failure[0]} file, {reason}", kind)
+        raise ImageError(name, f"{reason} ({failure[0]})", kind)
     if recognised is not None:
         raise ImageError(name, *recognised)
     raise ImageError(name, "not an image, or of a format that embedkit does not read", "not-an-image")

@@ -50,7 +50,7 @@ class Findings:
     kinds: Counter[str] = field(default_factory=Counter)
     slowest: list[tuple[float, str]] = field(default_factory=list)
     bugs: list[str] = field(default_factory=list)
-    peak: int = 0
+    peak: tuple[int, str] = (0, "")
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"{arguments.mutants:,} mutants of {len(corpus(arguments.folders)):,} files in {elapsed:.0f} s")
     print("\n".join(f"  {kind:14} {count:,}" for kind, count in findings.kinds.most_common()))
     print("slowest:", *(f"  {seconds:.2f} s  {name}" for seconds, name in sorted(findings.slowest)[:-6:-1]), sep="\n")
-    print(f"peak memory of the reading process: {findings.peak / 1024:.0f} MB")
+    print(f"peak memory of the reading process: {findings.peak[0] / 1024:.0f} MB, first at {findings.peak[1]}")
     print(f"crashes, hangs and the like: {len(findings.bugs)}", *findings.bugs, sep="\n  ")
     sys.exit(1 if findings.bugs else 0)
 
@@ -100,7 +100,7 @@ def _listen(
             if parent.poll(patience):
                 number, kind, seconds, memory, name, bug = parent.recv()
                 findings.kinds[kind] += 1
-                findings.peak = max(findings.peak, memory)
+                findings.peak = max(findings.peak, (memory, name), key=lambda peak: peak[0])
                 findings.slowest = sorted([*findings.slowest, (seconds, name)])[-5:]
                 if bug:
                     findings.bugs.append(f"{name}: {bug}")

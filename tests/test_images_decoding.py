@@ -100,6 +100,8 @@ def test_sixteen_bits_become_eight_by_rounding_and_never_by_clipping(dtype: str)
 def test_floats_are_taken_from_zero_to_one_or_to_255_and_refused_elsewhere() -> None:
     unit = np.array([[0, 0.25, 1]], dtype=np.float32)
     assert (rgb(encoded(Image.fromarray(unit), "TIFF")) == grey([[0, 64, 255]])).all()
+    beyond = np.array([[-0.01, 0.5, 1.01]], dtype=np.float32)  # As lossy compression leaves them.
+    assert (rgb(Image.fromarray(beyond)) == grey([[0, 128, 255]])).all()
     assert (rgb(Image.fromarray(np.array([[0, 9.6, 255]], dtype=np.float32))) == grey([[0, 10, 255]])).all()
     for bad in (256.0, -1.0, np.nan, np.inf):
         with pytest.raises(ImageError, match=r"neither in \[0, 1\] nor in \[0, 255\]"):

@@ -14,6 +14,7 @@ from embedkit.errors import ImageError
 # What a PNG says of its transparent colour is in the units of the file; its pixels were scaled when they were decoded.
 _SAMPLE_STEPS = {"L;2": 85, "L;4": 17}
 _PHOTOMETRIC = 262
+_OVERSHOOT = 0.05  # Lossy compression of floats in [0, 1] leaves some of them a little outside.
 
 
 def note_transparency(image: Image.Image) -> None:
@@ -55,10 +56,11 @@ def to_rgb(image: Image.Image, *, icc: bool = False) -> Image.Image:
         found = in_srgb(image, profile) if profile else None
         return found or (image if image.mode == "RGB" else image.convert("RGB"))
     layer = _with_alpha(image)
-    colours, alpha = layer.convert("RGB"), layer.getchannel("A")
-    found = in_srgb(layer.convert("L") if image.mode in ("L", "LA", "La") else colours, profile) if profile else None
-    layer = found or colours
-    layer.putalpha(alpha)
+    if profile:
+        found = in_srgb(layer.convert("L" if image.mode in ("L", "LA", "La") else "RGB"), profile)
+        if found is not None:
+            found.putalpha(layer.getchannel("A"))
+            layer = found
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
 
 
@@ -106,7 +108,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _upward(image: Image.Image) -> npt.NDArray[Any]:
-    """Return integers of which zero is black. Of 16 bits, Pillow forgets that a TIFF may have it the other way round."""
+    """Return integers of which zero is black. Of 16 bits, Pillow forgets that a TIFF may say otherwise."""
     pixels = np.asarray(image)
     inverted = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     return 65535 - pixels if inverted else pixels
@@ -134,7 +136,10 @@ def _with_alpha(image: Image.Image) -> Image.Image:
 
 
 def _in_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    wide = pixels.astype(np.uint32)
+    wide += 128
+    wide //= 257
+    return wide.astype(np.uint8)
 
 
 def _from_integers(pixels: npt.NDArray[Any]) -> Image.Image:
@@ -145,7 +150,11 @@ def _from_integers(pixels: npt.NDArray[Any]) -> Image.Image:
 
 
 def _from_float(pixels: npt.NDArray[Any]) -> Image.Image:
-    if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
+    pixels = np.array(pixels)
+    low, high = float(pixels.min()), float(pixels.max())  # NaN where there is one.
+    if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+        np.clip(pixels, 0, 1, out=pixels)
+        pixels *= 255
+    elif not (low >= 0 and high <= 255):
         raise ImageError("image", "its floats are neither in [0, 1] nor in [0, 255]; scale them first", "unsupported")
-    scale = 255.0 if pixels.max() <= 1 else 1.0
-    return Image.fromarray(np.rint(pixels * scale).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(np.rint(pixels, out=pixels).astype(np.uint8)).convert("RGB")

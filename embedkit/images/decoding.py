@@ -17,7 +17,6 @@ from embedkit.images.truncation import mended
 
 # A file with more bytes than its pixels could have is none that is worth reading.
 BYTES_A_PIXEL = 3
-_MOST_BYTES_A_PIXEL = 8  # Of a PNG with 16 bits, uncompressed.
 TRUNCATED = ("fail", "pad")
 _ORIENTATION = 0x0112
 _TURNED_BY_THEIR_READER = ("HEIF", "JXL")
@@ -49,6 +48,8 @@ def read_bytes(path: str | os.PathLike[str], id: str | None = None, limit: int =
             status = os.fstat(file)
             _check_file(status, name, limit)
             data = _read(stream, status.st_size, limit)
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(name, "the file is missing", "missing") from error
     except PermissionError as error:
@@ -121,9 +122,7 @@ def read_image(
     try:
         return _read_data(data, name, exif, icc, max_pixels)
     except ImageError as error:
-        whole = (
-            mended(data, _MOST_BYTES_A_PIXEL * max_pixels) if truncated == "pad" and error.kind == "truncated" else None
-        )
+        whole = mended(data, max_pixels) if truncated == "pad" and error.kind == "truncated" else None
         if whole is None:
             raise
         try:

@@ -103,29 +103,28 @@ def reason_and_kind(error: Exception, data: bytes = b"") -> tuple[str, str]:
 
 def _open(data: bytes, name: str) -> ImageFile.ImageFile:
     """Open by the first reader that takes it. Pillow's `open` would refuse by a limit of its own."""
+    if data[:2] in (b"II", b"MM") and (found := recognise(data)) is not None:
+        raise ImageError(name, *found)  # A raw file, which has the form of a TIFF.
     try:
         readers = _readers(data)
     except ImportError:
         raise ImageError(name, _NO_PLUGIN.format(_plugin_format(data)), "unsupported") from None
     failure: tuple[str, Exception] | None = None
-    recognised = recognise(data) if readers[0][0] == FORMATS[0] else None
     for format, factory, accept in readers:
-        if recognised is not None and format in _LAST:
-            continue
         try:
             if accept is None or accept(data[:16]) is True:
+                if format in _LAST and (failure is not None or recognise(data) is not None):
+                    continue
                 return factory(io.BytesIO(data), "")
         except _NOT_MINE as error:
-            if format not in _WEAK:
-                failure = (format, error)
+            failure = failure if format in _WEAK else (format, error)
         except Exception as error:
             raise ImageError(name, *reason_and_kind(error, data)) from error
     if failure is not None:
         reason, kind = reason_and_kind(failure[1], data)
         raise ImageError(name, f"{reason} ({failure[0]})", kind)
-    if recognised is not None:
-        raise ImageError(name, *recognised)
-    raise ImageError(name, "not an image, or of a format that embedkit does not read", "not-an-image")
+    nothing = ("not an image, or of a format that embedkit does not read", "not-an-image")
+    raise ImageError(name, *(recognise(data) or nothing))
 
 
 def _readers(data: bytes) -> list[tuple[str, _Factory, Any]]:

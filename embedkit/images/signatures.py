@@ -10,8 +10,8 @@ AVIF_BRANDS = {b"avif", b"avis"}
 
 _PREVIEW = "a camera's raw file, of which only a preview could be read; develop it first"
 _SVG = "an SVG drawing, which has no pixels of its own; convert it first"
-_VIDEO = "a video, not an image; embed frames of it"
-_LFS = "a Git LFS pointer: the file itself was never fetched; run git lfs pull"
+_VIDEO = "not an image but a video; embed frames of it"
+_LFS = "not an image but a Git LFS pointer: the file itself was never fetched; run git lfs pull"
 # Kind, what it is, and how it begins.
 _BEGINNINGS: tuple[tuple[str, str, tuple[bytes, ...]], ...] = (
     ("unsupported", "a PDF document; convert its pages first", (b"%PDF-",)),
@@ -29,16 +29,16 @@ _BEGINNINGS: tuple[tuple[str, str, tuple[bytes, ...]], ...] = (
     ("unsupported", "a BPG image, which nothing here reads; convert it first", (b"BPG\xfb",)),
     ("not-an-image", _VIDEO, (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"OggS",
                               b"\x30\x26\xb2\x75\x8e\x66\xcf\x11")),
-    ("not-an-image", "a sound, not an image", (b"ID3", b"fLaC")),
+    ("not-an-image", "not an image but a sound", (b"ID3", b"fLaC")),
     ("not-an-image", _LFS, (b"version https://git-lfs.github.com/spec/",)),
-    ("not-an-image", "a ZIP archive or an office document, not an image", (b"PK\x03\x04", b"PK\x05\x06")),
-    ("not-an-image", "an archive, not an image",
+    ("not-an-image", "not an image but a ZIP archive or an office document", (b"PK\x03\x04", b"PK\x05\x06")),
+    ("not-an-image", "not an image but an archive",
      (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")),
-    ("not-an-image", "an old office document, not an image", (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",)),
-    ("not-an-image", "an HDF5 file, not an image", (b"\x89HDF\r\n\x1a\n",)),
-    ("not-an-image", "a program, not an image", (b"\x7fELF", b"MZ\x90\0")),
-    ("not-an-image", "a database, not an image", (b"SQLite format 3\0",)),
-    ("not-an-image", "a macOS companion file, not an image", (b"\0\x05\x16\x07", b"\0\x05\x16\0")),
+    ("not-an-image", "not an image but an old office document", (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",)),
+    ("not-an-image", "not an image but an HDF5 file", (b"\x89HDF\r\n\x1a\n",)),
+    ("not-an-image", "not an image but a program", (b"\x7fELF", b"MZ\x90\0")),
+    ("not-an-image", "not an image but a database", (b"SQLite format 3\0",)),
+    ("not-an-image", "not an image but a macOS companion file", (b"\0\x05\x16\x07", b"\0\x05\x16\0")),
 )  # fmt: skip
 _COMMENTS = re.compile(r"\s*(<\?.*?\?>|<!--.*?-->|<!doctype\s+svg[^\[>]*(\[.*?\])?[^>]*>)", re.DOTALL | re.IGNORECASE)
 _SVG_TAG = re.compile(r"\s*<(\w+:)?svg[\s>/]", re.IGNORECASE)
@@ -53,7 +53,7 @@ def recognise(data: bytes) -> tuple[str, str] | None:
     --------
     >>> from embedkit.images.signatures import recognise
     >>> recognise(b"<!DOCTYPE html><title>404</title>")
-    ('a web page, not an image: the download failed', 'not-an-image')
+    ('not an image but a web page: the download failed', 'not-an-image')
     """
     for kind, what, beginnings in _BEGINNINGS:
         if data.startswith(beginnings):
@@ -63,18 +63,18 @@ def recognise(data: bytes) -> tuple[str, str] | None:
     if data[:2] in (b"II", b"MM") and data[8:10] == b"CR":
         return _PREVIEW, "unsupported"
     if data[:4] == b"RIFF" and data[8:12] != b"WEBP":
-        return ("a sound, not an image" if data[8:12] == b"WAVE" else _VIDEO), "not-an-image"
+        return ("not an image but a sound" if data[8:12] == b"WAVE" else _VIDEO), "not-an-image"
     if data[128:132] == b"DICM":
         return (
             "a DICOM file of measurements, which says itself what is black and white; convert it first",
             "unsupported",
         )
     if data[257:262] == b"ustar":
-        return "a tar archive, not an image", "not-an-image"
+        return "not an image but a tar archive", "not-an-image"
     if data[:2] == b"\x1f\x8b":
         return _gzipped(data)
     if not data[:_HEAD].strip(b"\0"):
-        return "nothing but zero bytes, as interrupted downloads leave them", "not-an-image"
+        return "not an image but zero bytes only, as interrupted downloads leave them", "not-an-image"
     return _written(data[:_HEAD])
 
 
@@ -92,7 +92,7 @@ def _gzipped(data: bytes) -> tuple[str, str]:
     except zlib.error:
         inside = b""
     found = _written(inside)
-    return found if found is not None and found[0] == _SVG else ("a gzip archive, not an image", "not-an-image")
+    return found if found is not None and found[0] == _SVG else ("not an image but a gzip archive", "not-an-image")
 
 
 def _written(head: bytes) -> tuple[str, str] | None:
@@ -105,8 +105,9 @@ def _written(head: bytes) -> tuple[str, str] | None:
     if _SVG_TAG.match(text):
         return _SVG, "unsupported"
     if _HTML_TAG.match(text):
-        return "a web page, not an image: the download failed", "not-an-image"
-    return ("an XML document" if text.lstrip().startswith("<") else "a text") + ", not an image", "not-an-image"
+        return "not an image but a web page: the download failed", "not-an-image"
+    what = "an XML document" if text.lstrip().startswith("<") else "a text"
+    return f"not an image but {what}", "not-an-image"
 
 
 def _text(head: bytes) -> str | None:

@@ -17,6 +17,8 @@ def is_truncated(data: bytes) -> bool:
     """Return whether a file's own structure says that it goes on after its end; for files that did not decode."""
     if data.startswith(_PNG):
         chunks = list(_png_chunks(data))
+        if not all(kind.isalpha() for kind, _, _ in chunks):
+            return False  # The chain of chunks is broken before the end.
         return not chunks or chunks[-1][0] != b"IEND" or chunks[-1][2] + 4 > len(data)
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in data[-1024:]
@@ -35,22 +37,22 @@ def is_truncated(data: bytes) -> bool:
     return False
 
 
-def mended(data: bytes, limit: int) -> bytes | None:
+def mended(data: bytes, max_pixels: int) -> bytes | None:
     """Return a truncated JPEG, PNG, GIF or BMP with an end, so that what is there of it decodes; None for others.
 
     The pixels that are missing become what the format makes of nothing: the grey of a JPEG's missing coefficients, the
-    first colour of a GIF's palette, and the zeros of a PNG and a BMP. The header may promise anything: where more than
-    `limit` bytes are missing, nothing is mended.
+    first colour of a GIF's palette, and the zeros of a PNG and a BMP. A header may promise anything: what promises more
+    than `max_pixels` is not mended.
     """
     if data.startswith(b"\xff\xd8"):
         return data + b"\xff\xd9"
     if data.startswith(_PNG):
-        return _mended_png(data, limit)
+        return _mended_png(data, max_pixels)
     if data[:6] in (b"GIF87a", b"GIF89a"):
-        return _mended_gif(data, limit)
+        return _mended_gif(data, max_pixels)
     if data.startswith(b"BM"):
         missing = _bmp_length(data) - len(data)
-        return data + bytes(missing) if len(data) > 34 and 0 < missing <= limit else None
+        return data + bytes(missing) if len(data) > 34 and 0 < missing <= 4 * max_pixels else None
     return None
 
 
@@ -63,14 +65,14 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         at += length + 12
 
 
-def _mended_png(data: bytes, limit: int) -> bytes | None:
+def _mended_png(data: bytes, max_pixels: int) -> bytes | None:
     """Decompress the rows that are there, and compress them again with zeros for the others."""
     chunks = list(_png_chunks(data))
     first = next((number for number, chunk in enumerate(chunks) if chunk[0] == b"IDAT"), None)
     if first is None or chunks[0][0] != b"IHDR" or chunks[0][2] - chunks[0][1] != 13:
         return None
     missing = _png_raw_length(data[chunks[0][1] : chunks[0][2]])
-    if missing > limit:
+    if missing > 8 * max_pixels + (1 << 16):  # 16 bits of four channels, and a byte more a row.
         return None
     reading, writing, pieces = zlib.decompressobj(), zlib.compressobj(1), []
     try:
@@ -146,10 +148,10 @@ def _past_blocks(data: bytes, at: int) -> tuple[int, bool]:
     return at, True
 
 
-def _mended_gif(data: bytes, limit: int) -> bytes | None:
+def _mended_gif(data: bytes, max_pixels: int) -> bytes | None:
     """Fill up the block that is cut, and go on with codes for the first colour."""
     at, cut, pixels = _gif_end(data)
-    if not cut or at == 0 or at > len(data) or 2 * pixels > limit:
+    if not cut or at == 0 or at > len(data) or pixels > max_pixels:
         return None
     last = data[at + 1 :]
     filled = bytes([255]) + last + bytes(255 - len(last)) if at < len(data) else b""

@@ -38,6 +38,10 @@ class Preprocessing:
         What transparent pixels become. Always ``"white"``: the image is laid over white paper.
     decoder : str
         What decodes and resizes: "pillow", or what `embedkit.Backbone.load` calls ``decode="standard"`` or "fast".
+    icc : bool
+        Whether embedded colour profiles are applied. Most published protocols did without.
+    truncated : {"fail", "pad"}
+        Whether an image whose end is missing is a failure, or is embedded with grey or black where pixels are missing.
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -49,6 +53,8 @@ class Preprocessing:
     exif: bool = True
     alpha: str = "white"
     decoder: str = "pillow"
+    icc: bool = False
+    truncated: str = "fail"
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,9 @@ class EmbeddingSpec:
         for name in ("views", "tokens"):  # They came later: specs without them keep their digests.
             if not values[name]:
                 del values[name]
+        for name in ("icc", "truncated"):
+            if values["preprocessing"][name] == getattr(Preprocessing, name):
+                del values["preprocessing"][name]
         return values
 
     @classmethod

@@ -35,6 +35,8 @@ MAY_IMPORT = {
 ONLY_USER = {
     "PIL": "images",
     "simplejpeg": "images",
+    "pillow_heif": "images",
+    "pillow_jxl": "images",
     "openvino": "backbones",
     "timm": "backbones",
     "torchvision": "backbones",

@@ -302,3 +302,21 @@ def test_real_batches_agree_whatever_their_size(weights: Path, flowers: Path) ->
     paths = sorted(flowers.glob("*/*.jpg"))[::110]
     backbone = Backbone.load(weights / f"{REAL}.json")
     np.testing.assert_allclose(backbone.embed(paths, batch_size=1), backbone.embed(paths, batch_size=32), atol=1e-4)
+
+
+def test_profiles_and_padding_are_recorded_and_come_back_and_the_limit_is_not(tiny_backbone: Path) -> None:
+    plain = Backbone.load(tiny_backbone)
+    other = Backbone.load(tiny_backbone, icc=True, truncated="pad", max_pixels=10_000)
+    assert other.spec.digest != plain.spec.digest
+    assert other.preprocessing.icc and other.preprocessing.truncated == "pad"
+    assert {"icc", "truncated", "max_pixels"} & plain.recipe.keys() == set()
+    assert other.recipe["icc"] is True and "max_pixels" not in other.recipe
+    # A recipe may come from a stranger, and raises no limit.
+    again = Backbone.reload(other.spec, {**other.recipe, "max_pixels": 10**12})
+    assert again.spec == other.spec and again.max_pixels == plain.max_pixels == 178_956_970
+    with pytest.raises(ImageError, match="200 x 100 pixels are more than the limit of 10,000"):
+        other.embed(Image.new("RGB", (200, 100)))
+    assert Backbone.load(tiny_backbone, max_pixels=10_000).spec == plain.spec
+    for options, reason in (({"truncated": "no"}, "unknown truncated 'no'"), ({"max_pixels": 0}, "number of pixels")):
+        with pytest.raises(BackboneError, match=reason):
+            Backbone.load(tiny_backbone, **options)

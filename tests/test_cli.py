@@ -91,6 +91,22 @@ def test_extract_passes_every_option_on(photos: Path, tiny_backbone: Path, tmp_p
     }  # fmt: skip
 
 
+def test_how_files_are_read_is_chosen_on_the_command_line(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    whole = (photos / "cat" / "1.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(whole[:-400])
+    (root / "whole.jpg").write_bytes(whole)
+    extract = ("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "--json", "--overwrite")
+    assert "cut.jpg: truncated" in run(*extract, code=3).stderr
+    padded = json.loads(run(*extract, "--truncated", "pad", "--icc", "--max-pixels", "7k").stdout)["spec"]
+    assert padded["preprocessing"]["truncated"] == "pad" and padded["preprocessing"]["icc"] is True
+    few = run(*extract, "--max-pixels", "6911", code=1)
+    assert "96 x 72 pixels are more than the limit of 6,911" in few.stderr
+    for wrong in ("0", "-1", "1.5M", "50 M", "M"):
+        assert "is not a number such as" in run(*extract, f"--max-pixels={wrong}", code=2).stderr
+
+
 def test_exit_codes_tell_some_failures_from_all(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     shutil.copytree(photos / "cat", root)

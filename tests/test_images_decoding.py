@@ -100,6 +100,8 @@ def test_sixteen_bits_become_eight_by_rounding_and_never_by_clipping(dtype: str)
 def test_floats_are_taken_from_zero_to_one_or_to_255_and_refused_elsewhere() -> None:
     unit = np.array([[0, 0.25, 1]], dtype=np.float32)
     assert (rgb(encoded(Image.fromarray(unit), "TIFF")) == grey([[0, 64, 255]])).all()
+    beyond = np.array([[-0.01, 0.5, 1.01]], dtype=np.float32)  # As lossy compression leaves them.
+    assert (rgb(Image.fromarray(beyond)) == grey([[0, 128, 255]])).all()
     assert (rgb(Image.fromarray(np.array([[0, 9.6, 255]], dtype=np.float32))) == grey([[0, 10, 255]])).all()
     for bad in (256.0, -1.0, np.nan, np.inf):
         with pytest.raises(ImageError, match=r"neither in \[0, 1\] nor in \[0, 255\]"):
@@ -188,8 +190,8 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
         "header.jpg": (jpeg[:20], "cannot be decoded|not an image|truncated"),
         "empty.jpg": (b"", "the file is empty"),
         "text.jpg": (b"this is a text", "not an image"),
-        "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
-        "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "a PostScript drawing"),
+        "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         "noise.png": (lossless[:100] + bytes(50) + lossless[150:], "cannot be decoded|truncated"),
     }
 
@@ -210,7 +212,7 @@ def test_a_broken_file_is_named_with_its_reason(name: str, tmp_path: Path) -> No
 def test_what_is_not_there_or_no_file_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="the file is missing"):
         read_bytes(tmp_path / "missing.jpg")
-    with pytest.raises(ImageError, match=r"(?i)directory|denied"):
+    with pytest.raises(ImageError, match=r"a folder, not an image"):
         read_bytes(tmp_path)
 
 
@@ -225,7 +227,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    with pytest.raises(ImageError, match="too many pixels"):
+    with pytest.raises(ImageError, match="100000 x 100000 pixels are more than the limit"):
         read_image(bomb(100_000, 100_000))
 
 

@@ -21,6 +21,8 @@ def test_equal_facts_give_equal_digests_and_any_other_fact_another() -> None:
         {"arch_kwargs": {"pad_type": "same"}},
         {"preprocessing": Preprocessing(crop_pct=0.9)},
         {"preprocessing": Preprocessing(exif=False)},
+        {"preprocessing": Preprocessing(icc=True)},
+        {"preprocessing": Preprocessing(truncated="pad")},
         {"preprocessing": Preprocessing(interpolation="bilinear")},
     ]
     digests = {dataclasses.replace(SPEC, **change).digest for change in changes}
@@ -30,6 +32,13 @@ def test_equal_facts_give_equal_digests_and_any_other_fact_another() -> None:
 def test_the_digest_of_a_spec_never_changes_between_versions() -> None:
     # A golden value: were it to move, every store in the world would refuse its own backbone.
     assert SPEC.digest == "b722c08b6c9bbc79b239715823b751b4e3e6d39dd60548a8b66240d6bbe0c6de"
+
+
+def test_what_came_later_is_left_out_where_it_is_as_before() -> None:
+    assert not {"icc", "truncated"} & SPEC.to_dict()["preprocessing"].keys()
+    later = dataclasses.replace(SPEC, preprocessing=Preprocessing(icc=True, truncated="pad"))
+    assert (later.to_dict()["preprocessing"]["icc"], later.to_dict()["preprocessing"]["truncated"]) == (True, "pad")
+    assert EmbeddingSpec.from_dict(later.to_dict()) == later
 
 
 def test_dict_round_trip_keeps_every_field() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,20 @@ from embedkit.backbones.engines import DTYPES
 from embedkit.backbones.network import check_views
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
-from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS
+from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS, TRUNCATED
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
 PRECISIONS = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
-def check_choices(decode: str, precision: str, views: Sequence[str]) -> None:
+def check_choices(decode: str, precision: str, views: Sequence[str], truncated: str, max_pixels: int) -> None:
     """Raise BackboneError unless these are things that a backbone can do."""
-    for name, value, known in (("decode", decode, DECODERS), ("precision", precision, DTYPES)):
+    choices = (("decode", decode, DECODERS), ("precision", precision, DTYPES), ("truncated", truncated, TRUNCATED))
+    for name, value, known in choices:
         if value not in known:
             raise BackboneError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if max_pixels < 1:
+        raise BackboneError(f"max_pixels is a number of pixels, got {max_pixels}")
     try:
         check_views([views] if isinstance(views, str) else views)
     except ValueError as error:
@@ -36,9 +39,27 @@ def numeric_choices(spec: EmbeddingSpec) -> dict[str, Any]:
     precisions = {value: name for name, value in PRECISIONS.items()}
     chosen = {
         "decode": decoders.get(spec.preprocessing.decoder), "precision": precisions.get(spec.precision),
-        "views": tuple(spec.views),
+        "views": tuple(spec.views), "icc": spec.preprocessing.icc, "truncated": spec.preprocessing.truncated,
     }  # fmt: skip
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def reload_arguments(
+    spec: EmbeddingSpec, recipe: Mapping[str, Any], known: Iterable[str], model: str | None
+) -> dict[str, Any]:
+    """Return the arguments of `load` for the backbone that a store was made with."""
+    arguments = {name: value for name, value in recipe.items() if name in known}
+    arguments |= numeric_choices(spec)
+    if model is not None:
+        arguments["model"] = model
+    if spec.backbone == "imported":
+        raise BackboneError(
+            "these embeddings were imported and do not say what made them, so no image can be embedded alike; "
+            "search with embeddings or rows"
+        )
+    if not isinstance(arguments.get("model"), str):
+        raise BackboneError("the store does not say where its backbone came from; name it with -m MODEL (model=)")
+    return arguments
 
 
 def image_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -64,8 +85,11 @@ def usable_device(device: str) -> torch.device:
     return found
 
 
-def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], exif: bool, decode: str) -> Preprocessing:
-    """Return the preprocessing that the weights were trained with, and the facts that were overridden."""
+def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], decode: str, **reading: Any) -> Preprocessing:
+    """Return the preprocessing that the weights were trained with, the facts that were overridden, how files are read.
+
+    `reading` holds the fields of a Preprocessing that no network decides: exif, icc and truncated.
+    """
     arguments = {name: value for name, value in overrides.items() if value is not None}
     for name in ("mean", "std"):
         if name in arguments and len(arguments[name]) not in (1, 3):
@@ -86,8 +110,8 @@ def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], exif: boo
         raise BackboneError(f"crop_pct must be in (0, 1] and std positive, got {crop_pct}, {std}")
     return Preprocessing(
         img_size=(height, width), crop_pct=crop_pct, crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"], mean=mean, std=std, exif=exif,
-        decoder=DECODERS[decode],
+        interpolation=config["interpolation"], mean=mean, std=std, decoder=DECODERS[decode],
+        **reading,
     )  # fmt: skip
 
 
@@ -95,6 +119,7 @@ def without_defaults(**arguments: Any) -> dict[str, Any]:
     """Return the arguments that differ from those of `Backbone.load`, as JSON values."""
     defaults: dict[str, Any] = {
         "pool": "default", "exif": True, "arch_kwargs": {}, "decode": "standard", "precision": "fp32", "views": [],
+        "icc": False, "truncated": "fail",
     }  # fmt: skip
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
     return {name: value for name, value in plain.items() if value != defaults.get(name)}

@@ -21,7 +21,7 @@ from embedkit.backbones.network import Network, whole_size
 from embedkit.backbones.pooling import whole_name
 from embedkit.backbones.streaming import embed_many, with_threads
 from embedkit.errors import BackboneError
-from embedkit.images import read_crop
+from embedkit.images import MAX_PIXELS, read_crop
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
 
@@ -38,11 +38,14 @@ class Backbone:
         The arguments of `Backbone.load` that make this backbone again; a store keeps them.
     device : torch.device
         Where the network runs.
+    max_pixels : int
+        The most pixels that an image may have.
     """
 
     spec: EmbeddingSpec
     recipe: dict[str, Any]
     device: torch.device
+    max_pixels: int
 
     def __init__(self) -> None:
         raise TypeError("load a backbone with Backbone.load(model)")
@@ -62,6 +65,9 @@ class Backbone:
         std: Sequence[float] | None = None,
         pool: str = "default",
         exif: bool = True,
+        icc: bool = False,
+        truncated: str = "fail",
+        max_pixels: int = MAX_PIXELS,
         decode: str = "standard",
         precision: str = "fp32",
         views: Sequence[str] = (),
@@ -89,6 +95,12 @@ class Backbone:
         exif : bool, default True
             Whether EXIF orientation is applied. Phones store photographs sideways; published protocols mostly
             ignored that.
+        icc : bool, default False
+            Whether embedded colour profiles are applied. Published protocols ignored those too.
+        truncated : {"fail", "pad"}, default "fail"
+            Whether an image whose end is missing is a failure, or is embedded with grey or black in its place.
+        max_pixels : int, default 178956970
+            Larger images are refused before they are decoded. Not in the spec: it moves no number.
         decode : {"standard", "exact", "fast"}, default "standard"
             How pixels are decoded and resized. "standard" differs from timm's transform by one grey level on a few
             pixels in a thousand (cosine above 0.9999) and takes a third of the time; "exact" equals it bit for bit;
@@ -120,7 +132,7 @@ class Backbone:
         >>> backbone.embed("query.jpg").shape  # doctest: +SKIP
         (384,)
         """
-        given.check_choices(decode, precision, views)
+        given.check_choices(decode, precision, views, truncated, max_pixels)
         source = resolve(os.fspath(model), arch, arch_kwargs)
         size = given.image_size(img_size)
         network = build(source, size)
@@ -129,14 +141,15 @@ class Backbone:
         backbone = cls.__new__(cls)
         backbone.device = given.usable_device(device)
         backbone._model = network.eval().requires_grad_(False)
-        preprocessing = given.preprocessing_of(network, overrides, exif, decode)
+        preprocessing = given.preprocessing_of(network, overrides, decode, exif=exif, icc=icc, truncated=truncated)
+        backbone.max_pixels = max_pixels
         pool = whole_name(network, pool)
         backbone._set_up(preprocessing, pool, source, precision, tuple(views))
         where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
         backbone.recipe = given.without_defaults(
             model=where, arch=arch, arch_kwargs=dict(arch_kwargs or {}), img_size=size, crop_pct=crop_pct,
-            crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std, pool=pool, exif=exif, decode=decode,
-            precision=precision, views=tuple(views),
+            crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std, pool=pool, exif=exif, icc=icc,
+            truncated=truncated, decode=decode, precision=precision, views=tuple(views),
         )  # fmt: skip
         return backbone
 
@@ -174,18 +187,9 @@ class Backbone:
         SpecMismatchError
             When what was loaded is another backbone, naming the fields that differ.
         """
-        known = inspect.signature(cls.load).parameters.keys() - {"device"}
-        arguments = {name: value for name, value in recipe.items() if name in known}
-        arguments |= given.numeric_choices(spec)
-        if model is not None:
-            arguments["model"] = os.fspath(model)
-        if spec.backbone == "imported":
-            raise BackboneError(
-                "these embeddings were imported and do not say what made them, so no image can be embedded alike; "
-                "search with embeddings or rows"
-            )
-        if not isinstance(arguments.get("model"), str):
-            raise BackboneError("the store does not say where its backbone came from; name it with -m MODEL (model=)")
+        # What guards this machine is not for a stranger's recipe to say.
+        known = inspect.signature(cls.load).parameters.keys() - {"device", "max_pixels"}
+        arguments = given.reload_arguments(spec, recipe, known, None if model is None else os.fspath(model))
         try:
             backbone = cls.load(**arguments, device=device)
         except BackboneError as error:
@@ -300,7 +304,7 @@ class Backbone:
         ImageError
             When it cannot be read.
         """
-        return read_crop(source, self._pixels, id=id)
+        return read_crop(source, self._pixels, id=id, max_pixels=self.max_pixels)
 
     def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Return the embeddings of crops that `pixels` made, of shape (len(crops), d): those of `embed_layers`."""

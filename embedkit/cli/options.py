@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,20 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
             return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not one number or several with commas between them", param, ctx)
+
+
+class _Count(click.ParamType):  # type: ignore[type-arg]
+    """A number, of thousands or millions with K or M, such as 50M."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9]{1,18})([kKmM]?)", value)
+        if found is None or not int(found[1]):
+            self.fail(f"{value!r} is not a number such as 50000000 or 50M", param, ctx)
+        return int(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()]
 
 
 class _Names(click.ParamType):  # type: ignore[type-arg]
@@ -120,6 +135,18 @@ _BACKBONE_OPTIONS = [
     click.option(
         "--exif/--no-exif", default=True, show_default=True,
         help="Apply EXIF orientation; --no-exif matches most published protocols.",
+    ),
+    click.option(
+        "--icc/--no-icc", default=False, show_default=True,
+        help="Apply embedded colour profiles; --no-icc matches most published protocols.",
+    ),
+    click.option(
+        "--truncated", type=click.Choice(["fail", "pad"]), default="fail", show_default=True,
+        help="An image whose end is missing fails, or is embedded with grey or black in its place.",
+    ),
+    click.option(
+        "--max-pixels", type=_Count(), default=178_956_970, show_default=True, metavar="COUNT",
+        help="Refuse larger images before they are decoded, such as 50M.",
     ),
     click.option(
         "--decode", type=click.Choice(["standard", "exact", "fast"]), default="standard", show_default=True,

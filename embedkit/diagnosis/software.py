@@ -61,7 +61,7 @@ def extras() -> Iterator[Finding]:
 
 def decoders() -> Iterator[Finding]:
     """Find which decoders of images there are."""
-    from embedkit.images.decoding import FORMATS
+    from embedkit.images.formats import FORMATS
     from embedkit.images.versions import decoder_versions
 
     versions = decoder_versions()

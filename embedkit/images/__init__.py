@@ -1,15 +1,20 @@
 """How bytes become pixels; the only room that uses Pillow."""
 
-from embedkit.images.decoding import read_bytes, read_image, thumbnail
+from embedkit.images.decoding import BYTES_A_PIXEL, TRUNCATED, read_bytes, read_image, thumbnail
+from embedkit.images.formats import FORMATS, MAX_PIXELS
 from embedkit.images.inspection import Header, read_header
 from embedkit.images.isolation import Isolated
 from embedkit.images.pixels import CROP_MODES, DECODERS, INTERPOLATIONS, crop, read_crop
 from embedkit.images.regions import Data, Region
 
 __all__ = [
+    "BYTES_A_PIXEL",
     "CROP_MODES",
     "DECODERS",
+    "FORMATS",
     "INTERPOLATIONS",
+    "MAX_PIXELS",
+    "TRUNCATED",
     "Data",
     "Header",
     "Isolated",

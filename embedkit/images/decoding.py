@@ -4,50 +4,75 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
-from pathlib import Path
+import stat
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from embedkit.errors import ImageError
+from embedkit.images.colours import from_array, note_transparency, to_rgb
+from embedkit.images.formats import MAX_PIXELS, check_size, open_image, reason_and_kind
+from embedkit.images.truncation import mended
 
-# Registers every plugin once, here, rather than in the first of several decoding threads.
-Image.init()
-# Without EPS, PDF and WMF, which run other programs, and formats that Pillow only half knows. MPO comes with JPEG.
-_WANTED = {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
-FORMATS = tuple(sorted(_WANTED & Image.OPEN.keys()))
-# Pillow warns of large images and odd EXIF blocks in the middle of decoding; here an image is read or it is not. A
-# filter for the whole process, because warnings.catch_warnings is not safe in threads.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB is a bomb or a mistake.
+# A file with more bytes than its pixels could have is none that is worth reading.
+BYTES_A_PIXEL = 3
+TRUNCATED = ("fail", "pad")
 _ORIENTATION = 0x0112
+_TURNED_BY_THEIR_READER = ("HEIF", "JXL")
 
 
-def read_bytes(path: str | os.PathLike[str], id: str | None = None) -> bytes:
+def read_bytes(path: str | os.PathLike[str], id: str | None = None, limit: int = BYTES_A_PIXEL * MAX_PIXELS) -> bytes:
     """Return the bytes of an image file.
+
+    Parameters
+    ----------
+    path : path-like
+        The file. Pipes and devices are refused without waiting for them.
+    id : str, optional
+        What an error calls the image; by default its path.
+    limit : int, default 536870910
+        The most bytes that are read.
 
     Raises
     ------
     ImageError
-        Naming the image and why it cannot be read: missing, not permitted, empty, a folder.
+        Naming the image and why it cannot be read: missing, not permitted, empty, a folder, too large.
     """
     name = os.fspath(path) if id is None else id
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        reason = "the file is missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        raise ImageError(name, reason) from error
+        # Looked at before it is opened, which may wake a device, and after, because it may have become another.
+        _check_file(os.stat(path), name, limit)
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(file, "rb", buffering=0) as stream:
+            status = os.fstat(file)
+            _check_file(status, name, limit)
+            data = _read(stream, status.st_size, limit)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(name, "the file is missing", "missing") from error
+    except PermissionError as error:
+        raise ImageError(name, f"not permitted: {error.strerror}", "permission") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(name, reason, "missing" if isinstance(error, NotADirectoryError) else "unreadable") from error
     if not data:
-        raise ImageError(name, "the file is empty")
+        raise ImageError(name, "the file is empty", "empty")
+    if len(data) > limit:
+        raise _too_long(name, len(data), limit)
     return data
 
 
-def read_image(source: Any, *, id: str | None = None, exif: bool = True) -> Image.Image:
+def read_image(
+    source: Any,
+    *,
+    id: str | None = None,
+    exif: bool = True,
+    icc: bool = False,
+    truncated: str = "fail",
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
     """Return an image as upright RGB.
 
     Parameters
@@ -57,7 +82,14 @@ def read_image(source: Any, *, id: str | None = None, exif: bool = True) -> Imag
     id : str, optional
         What an error calls the image; by default its path.
     exif : bool, default True
-        Whether the EXIF orientation is applied. A TIFF's own orientation always is: Pillow does that while it decodes.
+        Whether the EXIF orientation is applied. Those of TIFF, HEIC and JPEG XL always are: their readers do that.
+    icc : bool, default False
+        Whether an embedded colour profile is applied, which makes sRGB of the pixels.
+    truncated : {"fail", "pad"}, default "fail"
+        What becomes of a JPEG, PNG, GIF or BMP whose end is missing: an error, or an image whose missing pixels are
+        grey (JPEG), black (PNG, BMP) or the first colour of the palette (GIF).
+    max_pixels : int, default 178956970
+        An image with more is refused by its header, and a file of more than three bytes for each unread.
 
     Returns
     -------
@@ -78,21 +110,25 @@ def read_image(source: Any, *, id: str | None = None, exif: bool = True) -> Imag
     (255, 255, 255)
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, id or "array")
+        return from_array(source, id or "array")
     if isinstance(source, Image.Image):
-        return _guarded(source, id or getattr(source, "filename", "") or "image", exif)
+        name = id or getattr(source, "filename", "") or "image"
+        image = _decoded(source, name, exif, icc, max_pixels)
+        return image.copy() if image is source else image
     name = id if id is not None else ("image" if isinstance(source, bytes) else os.fspath(source))
-    data = source if isinstance(source, bytes) else read_bytes(source, name)
+    data = source if isinstance(source, bytes) else read_bytes(source, name, BYTES_A_PIXEL * max_pixels)
     if not data:
-        raise ImageError(name, "the file is empty")
+        raise ImageError(name, "the file is empty", "empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ImageError(name, "not an image, or of a format that embedkit does not read") from error
-    except Exception as error:
-        raise ImageError(name, _reason(error)) from error
-    with image:
-        return _guarded(image, name, exif)
+        return _read_data(data, name, exif, icc, max_pixels)
+    except ImageError as error:
+        whole = mended(data, max_pixels) if truncated == "pad" and error.kind == "truncated" else None
+        if whole is None:
+            raise
+        try:
+            return _read_data(whole, name, exif, icc, max_pixels)
+        except ImageError:
+            raise error from None
 
 
 def thumbnail(image: Image.Image, size: int) -> bytes:
@@ -104,29 +140,11 @@ def thumbnail(image: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _guarded(image: Image.Image, name: str, exif: bool) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-    try:
-        image.load()
-        return upright(_to_rgb(image), orientation_of(image) if exif else 1)
-    except ImageError as error:
-        raise ImageError(name, error.reason) from error
-    except Exception as error:  # A decoder may raise anything for a damaged file; it costs this image only.
-        raise ImageError(name, _reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels: {text}"
-    if "truncated" in text.lower() or isinstance(error, EOFError):
-        return f"truncated: {text}"
-    return f"cannot be decoded: {text}"
-
-
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 where there is none."""
+    """Return the EXIF orientation that is still to be applied, 1 where there is none."""
+    # A JPEG XL that was a JPEG comes back as that JPEG, lying as it lay.
+    if image.format in _TURNED_BY_THEIR_READER and not getattr(image, "jpeg", False):
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # A broken EXIF block says nothing about the pixels, and never costs the image.
@@ -150,39 +168,40 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return any mode as RGB; Pillow's own conversion clips 16 bits, and drops transparency as if it were not."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
-    if image.mode.startswith("I"):
-        return _from_array(np.clip(np.asarray(image), 0, 65535).astype(np.uint16), "image")
-    if image.mode == "F":
-        return _from_float(np.asarray(image))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, layer).convert("RGB")
-    return image.convert("RGB")
+def _check_file(status: os.stat_result, name: str, limit: int) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(name, "a folder, not an image", "not-an-image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(name, "not a regular file but a pipe, a socket or a device", "not-an-image")
+    if status.st_size > limit:
+        raise _too_long(name, status.st_size, limit)
 
 
-def _from_float(pixels: npt.NDArray[Any]) -> Image.Image:
-    if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
-        raise ImageError("image", "its floats are neither in [0, 1] nor in [0, 255]")
-    scale = 255.0 if pixels.max() <= 1 else 1.0
-    return _from_array(np.rint(pixels * scale).astype(np.uint8), "image")
+def _too_long(name: str, length: int, limit: int) -> ImageError:
+    return ImageError(name, f"{length:,} bytes are more than the limit of {limit:,}", "too-large")
 
 
-def _from_array(pixels: npt.NDArray[Any], name: str) -> Image.Image:
-    channels = 1 if pixels.ndim == 2 else pixels.shape[-1]
-    if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in pixels.shape:
-        raise ImageError(name, f"an array of shape {pixels.shape} is no image; expected (h, w) or (h, w, 1, 3 or 4)")
-    if pixels.dtype.kind == "f":
-        if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
-            raise ImageError(name, "floats must lie in [0, 1]")
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    elif pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    elif pixels.dtype != np.uint8:
-        raise ImageError(name, f"an array of {pixels.dtype} is no image; expected uint8, uint16, or floats in [0, 1]")
-    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels))
-    return _to_rgb(image)
+def _read(stream: io.FileIO, length: int, limit: int) -> bytes:
+    """Read to the end, or one byte past the limit: a file may grow, and some say that they are empty."""
+    pieces, left = [], limit + 1
+    while left > 0 and (piece := stream.read(min(left, max(length + 1, 1 << 16)))):
+        pieces.append(piece)
+        left -= len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _read_data(data: bytes, name: str, exif: bool, icc: bool, max_pixels: int) -> Image.Image:
+    with open_image(data, name, max_pixels) as image:
+        return _decoded(image, name, exif, icc, max_pixels, data)
+
+
+def _decoded(image: Image.Image, name: str, exif: bool, icc: bool, max_pixels: int, data: bytes = b"") -> Image.Image:
+    check_size(name, image.width, image.height, max_pixels)
+    try:
+        note_transparency(image)
+        image.load()
+        check_size(name, image.width, image.height, max_pixels)
+        return upright(to_rgb(image, icc=icc), orientation_of(image) if exif else 1)
+    except Exception as error:  # A decoder may raise anything for a damaged file; it costs this image only.
+        raise ImageError(name, *reason_and_kind(error, data)) from error

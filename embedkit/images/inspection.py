@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from embedkit.images.decoding import FORMATS
+from embedkit.images.formats import open_image
 from embedkit.images.regions import Data, Region
 
 
@@ -42,7 +40,7 @@ def read_header(data: Data) -> Header | None:
     if isinstance(data, np.ndarray):
         return Header("pixels", data.shape[1], data.shape[0])
     try:
-        with Image.open(io.BytesIO(data.data if isinstance(data, Region) else data), formats=FORMATS) as image:
+        with open_image(data.data if isinstance(data, Region) else data, "image") as image:
             return Header(image.format or "unknown", image.width, image.height)
     except Exception:  # Whoever decodes the image finds out why, and says so.
         return None

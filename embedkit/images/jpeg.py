@@ -9,12 +9,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from embedkit.images.decoding import MAX_PIXELS, orientation_of
+from embedkit.images.decoding import orientation_of
+from embedkit.images.formats import MAX_PIXELS
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def shape_of(data: bytes) -> tuple[int, int] | None:
+def shape_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
     """Return height and width of a JPEG that this decoder may be given; None for all else, which is Pillow's."""
     if data[:2] != b"\xff\xd8":
         return None
@@ -23,7 +24,7 @@ def shape_of(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     # Four colours are converted otherwise than by Pillow, and a bomb is for Pillow to explain.
-    return (height, width) if colours in ("YCbCr", "Gray", "RGB") and 0 < height * width <= MAX_PIXELS else None
+    return (height, width) if colours in ("YCbCr", "Gray", "RGB") and 0 < height * width <= max_pixels else None
 
 
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Pixels | None:
@@ -49,7 +50,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Pixels | Non
 
 def orientation(data: bytes) -> int:
     """Return the EXIF orientation of a JPEG, 1 where it has none."""
-    if not _has_app1(data):
+    if not _may_have(data, 0xE1):  # EXIF or XMP.
         return 1  # Most files say nothing, and then Pillow need not look at all of their header.
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
@@ -58,12 +59,17 @@ def orientation(data: bytes) -> int:
         return 1
 
 
-def _has_app1(data: bytes) -> bool:
-    """Return whether a segment before the pixels may hold EXIF or XMP; when in doubt, it may."""
+def has_profile(data: bytes) -> bool:
+    """Return whether a JPEG may bring a colour profile along."""
+    return _may_have(data, 0xE2)
+
+
+def _may_have(data: bytes, wanted: int) -> bool:
+    """Return whether a segment of this kind may lie before the pixels; when in doubt, it may."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker = data[at + 1]
-        if marker in (0xE1, 0xFF):  # 0xFF pads, which hardly any file does.
+        if marker in (wanted, 0xFF):  # 0xFF pads, which hardly any file does.
             return True
         if marker == 0xDA:
             return False

@@ -13,7 +13,8 @@ from PIL import Image
 
 from embedkit.errors import ImageError
 from embedkit.images import jpeg
-from embedkit.images.decoding import MAX_PIXELS, read_bytes, read_image, upright
+from embedkit.images.decoding import BYTES_A_PIXEL, read_bytes, read_image, upright
+from embedkit.images.formats import MAX_PIXELS
 from embedkit.spec import Preprocessing
 
 INTERPOLATIONS = {
@@ -34,7 +35,9 @@ DECODERS = {
 _FAST_MARGIN = 2
 
 
-def read_crop(source: Any, preprocessing: Preprocessing, *, id: str | None = None) -> npt.NDArray[np.uint8]:
+def read_crop(
+    source: Any, preprocessing: Preprocessing, *, id: str | None = None, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
     """Read an image and return what a backbone sees of it.
 
     Parameters
@@ -45,6 +48,8 @@ def read_crop(source: Any, preprocessing: Preprocessing, *, id: str | None = Non
         Its `decoder` says how: see `DECODERS`.
     id : str, optional
         What an error calls the image; by default its path.
+    max_pixels : int, default 178956970
+        As for `read_image`.
 
     Returns
     -------
@@ -58,12 +63,18 @@ def read_crop(source: Any, preprocessing: Preprocessing, *, id: str | None = Non
     """
     if isinstance(source, str | os.PathLike):
         id = os.fspath(source) if id is None else id
-        source = read_bytes(source, id)
+        source = read_bytes(source, id, BYTES_A_PIXEL * max_pixels)
     try:
-        found = _jpeg_crop(source, preprocessing) if isinstance(source, bytes) else None
-        return crop(read_image(source, id=id, exif=preprocessing.exif), preprocessing) if found is None else found
+        found = _jpeg_crop(source, preprocessing, max_pixels) if isinstance(source, bytes) else None
+        if found is not None:
+            return found
+        image = read_image(
+            source, id=id, exif=preprocessing.exif, icc=preprocessing.icc, truncated=preprocessing.truncated,
+            max_pixels=max_pixels,
+        )  # fmt: skip
+        return crop(image, preprocessing)
     except ImageError as error:  # The crop knows pixels only, not whose they are.
-        raise (error if id is None or error.id == id else ImageError(id, error.reason)) from None
+        raise (error if id is None or error.id == id else ImageError(id, error.reason, error.kind)) from None
 
 
 def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -105,10 +116,10 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     return _centred(pixels, preprocessing)
 
 
-def _jpeg_crop(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8] | None:
+def _jpeg_crop(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     """Return the crop of a JPEG; None when Pillow has to judge the file."""
-    shape = jpeg.shape_of(data)
-    if shape is None:
+    shape = jpeg.shape_of(data, max_pixels)
+    if shape is None or (preprocessing.icc and jpeg.has_profile(data)):
         return None
     orientation = jpeg.orientation(data) if preprocessing.exif else 1
     lying = orientation >= 5  # Height and width change places.
@@ -175,7 +186,8 @@ def _resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int
     else:
         size = _kept_ratio(height, width, scaled, min)
     if size[0] * size[1] > MAX_PIXELS:
-        raise ImageError("image", f"too long and thin: {width} x {height} pixels would become {size[1]} x {size[0]}")
+        reason = f"too long and thin: {width} x {height} pixels would become {size[1]} x {size[0]}"
+        raise ImageError("image", reason, "too-large")
     return size
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError, MissingExtraError
-from embedkit.images.decoding import MAX_PIXELS
+from embedkit.images.formats import MAX_PIXELS
 
 # The containers that are read. Others, such as playlists and "concat", name further files and URLs and open them.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mxf"

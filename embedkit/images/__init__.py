@@ -1,6 +1,6 @@
 """How bytes become pixels; the only room that uses Pillow."""
 
-from embedkit.images.decoding import BYTES_A_PIXEL, TRUNCATED, read_bytes, read_image, thumbnail
+from embedkit.images.decoding import BYTES_A_PIXEL, MAX_BYTES, TRUNCATED, read_bytes, read_image, thumbnail
 from embedkit.images.formats import FORMATS, MAX_PIXELS
 from embedkit.images.inspection import Header, read_header
 from embedkit.images.isolation import Isolated
@@ -9,6 +9,7 @@ from embedkit.images.regions import Data, Region
 
 __all__ = [
     "BYTES_A_PIXEL",
+    "MAX_BYTES",
     "CROP_MODES",
     "DECODERS",
     "FORMATS",

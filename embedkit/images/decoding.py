@@ -17,12 +17,13 @@ from embedkit.images.truncation import mended
 
 # A file with more bytes than its pixels could have is none that is worth reading.
 BYTES_A_PIXEL = 3
+MAX_BYTES = BYTES_A_PIXEL * MAX_PIXELS  # What the largest image takes without compression.
 TRUNCATED = ("fail", "pad")
 _ORIENTATION = 0x0112
 _TURNED_BY_THEIR_READER = ("HEIF", "JXL")
 
 
-def read_bytes(path: str | os.PathLike[str], id: str | None = None, limit: int = BYTES_A_PIXEL * MAX_PIXELS) -> bytes:
+def read_bytes(path: str | os.PathLike[str], id: str | None = None, limit: int = MAX_BYTES) -> bytes:
     """Return the bytes of an image file.
 
     Parameters

@@ -361,7 +361,7 @@ class Backbone:
         Parameters
         ----------
         crops : sequence of arrays of shape (h, w, 3)
-            uint8: some images of the job.
+            uint8: some images of the job. Without any, nothing is tried.
         count : int
             Images of the job. A short one does not wait for a compiler.
         layers : sequence of str, optional

@@ -85,9 +85,10 @@ def choose(
         raise BackboneError(f"unknown engine {engine!r}; choose auto or one of {', '.join(ENGINES)}")
     device = network.scale.device
     workers = workers if device.type == "cpu" else 1
+    if not crops:  # Nothing to try them on.
+        name, reason = ("eager", "short job") if engine == "auto" else (engine, "named")
+        return Choice(built(network, name, batch_size, precision, workers), (Trial(name),), reason)
     plain = built(network, "eager", batch_size, precision)
-    if not crops:
-        return Choice(plain, (Trial("eager"),), "short job")
     passes = count / workers / batch_size
     if device.type != "cpu":
         _timed(plain, _batch(crops, batch_size))  # The first pass sets up the device's libraries.

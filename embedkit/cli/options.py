@@ -158,6 +158,10 @@ COUNT_OR_SHARE = _CountOrShare()
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."
 )
+devices_option = click.option(
+    "--device", default="auto", show_default=True, metavar="NAME[,...]",
+    help="auto, cpu, cuda, cuda:1, ...; several work side by side: cuda:0,cuda:1 or cuda:all.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text for people.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists at the output.")
 layer_option = click.option("--layer", metavar="NAME", help="A layer of the store instead of its embeddings.")

@@ -124,7 +124,10 @@ def choose(
             log.info("engine %s is left out: %s", name, trial.dropped)
     good = {trial.engine: trial.seconds for trial in trials if not trial.dropped}
     best = min(good, key=lambda name: good[name] * (_GAIN if name != "eager" else 1.0))
-    return Choice(engines[engine if engine in engines else best], tuple(trials), reason)
+    chosen = engines[engine if engine in engines else best]
+    if chosen.name != "compile":
+        _forget(network, "compile")  # Its recording holds on to a GPU's memory.
+    return Choice(chosen, tuple(trials), reason)
 
 
 def built(network: Network, name: str, batch_size: int, precision: str, workers: int = 1) -> Engine:
@@ -136,6 +139,11 @@ def built(network: Network, name: str, batch_size: int, precision: str, workers:
         network.engines[key] = ENGINES[name](network, batch_size, precision, **options)
     engine: Engine = network.engines[key]
     return engine
+
+
+def _forget(network: Network, name: str) -> None:
+    for key in [key for key in network.engines if key[0] == name]:
+        del network.engines[key]
 
 
 def _worth_trying(device: torch.device, seconds: float, passes: float) -> list[str]:

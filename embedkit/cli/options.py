@@ -122,8 +122,8 @@ _BACKBONE_OPTIONS = [
         help="Apply EXIF orientation; --no-exif matches most published protocols.",
     ),
     click.option(
-        "--decode", type=click.Choice(["standard", "exact", "fast"]), default="standard", show_default=True,
-        help="exact: timm's pixels bit for bit, slower; fast: large JPEGs at a fraction of their size.",
+        "--decode", type=click.Choice(["standard", "exact", "fast", "gpu"]), default="standard", show_default=True,
+        help="exact: timm's pixels, slower; fast: large JPEGs at a fraction of their size; gpu: JPEGs by nvJPEG.",
     ),
     click.option(
         "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,

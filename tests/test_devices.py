@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from embedkit import Backbone, BackboneError, ImageError, Store, extract
 from embedkit.backbones import device_names
+from embedkit.cli import main
 from embedkit.extraction import Progress
 from embedkit.extraction.computing import News
 from embedkit.extraction.devices import _Desk
+from embedkit.sources import Listing
 
 TWO = ("cpu", "cpu")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes are found in /proc")
@@ -194,6 +199,34 @@ def test_what_goes_wrong_in_a_process_is_raised_here(
     assert children(os.getpid()) == [] and not (tmp_path / "s.h5").exists()
 
 
+class Here:
+    """An image of a class that the processes cannot import."""
+
+    id, label = "a.jpg", None
+
+    def status(self) -> tuple[int, int]:
+        return 1, 1
+
+    def read(self) -> bytes:
+        return b"no image"
+
+
+def test_images_that_cannot_be_sent_are_an_error(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("only_here")
+    module.Here = Here  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    monkeypatch.setattr(Here, "__module__", "only_here")
+    images = Listing(tmp_path, [Here()], [], [], 0)
+    with pytest.raises(ModuleNotFoundError, match="only_here"):
+        extract(images, tmp_path / "s.h5", backbone, devices=TWO)
+    images.files[0].extra = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        extract(images, tmp_path / "s.h5", backbone, devices=TWO)
+    assert children(os.getpid()) == []
+
+
 def test_devices_that_make_no_sense_are_refused(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
     assert device_names("auto") == ("auto",) and device_names("cpu, cpu") == TWO and device_names(["cpu"]) == ("cpu",)
     for devices, message in (
@@ -204,6 +237,16 @@ def test_devices_that_make_no_sense_are_refused(photos: Path, backbone: Backbone
     with pytest.raises(BackboneError, match="cannot be one of several devices"):
         extract(photos, tmp_path / "s.h5", backbone, devices=["meta"])
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line_takes_several(photos: Path, tiny_backbone: Path, alone: Store, tmp_path: Path) -> None:
+    arguments = ["extract", photos, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "-b", 4, "--layers", "max"]
+    result = CliRunner().invoke(main, [str(part) for part in [*arguments, "--device", "cpu,cpu"]])
+    assert result.exit_code == 0, result.output
+    assert "a process on each of cpu, cpu" in result.output
+    assert Store.open(tmp_path / "s.h5").content_id == alone.content_id
+    result = CliRunner().invoke(main, [str(part) for part in [*arguments, "--device", "cpu,cuda:99"]])
+    assert result.exit_code == 1 and "device 'cuda:99' cannot be used" in result.output
 
 
 def test_the_desk_hands_out_again_what_was_not_written() -> None:

@@ -134,7 +134,7 @@ def _recorded(
                 module(crops)  # It is compiled, and the libraries settle on their ways.
         main.wait_stream(side)
         recording = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recording, capture_error_mode="thread_local"):
+        with torch.cuda.graph(recording, stream=side, capture_error_mode="thread_local"):
             results = module(crops)
     alone = threading.Lock()
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
+import torch
+
 from embedkit.backbones import Backbone
 from embedkit.errors import BackboneError
 from embedkit.extraction.computing import Job, News, NumberedPart, compute_parts
@@ -100,6 +102,7 @@ def compute_on_devices(parts: Iterator[NumberedPart], job: Job, write: PartWrite
         job.threads, write, log.getEffectiveLevel(),
     )  # fmt: skip
     processes: list[_Process] = []
+    torch.cuda.empty_cache()  # What choosing the engine took of the first GPU.
     try:
         for device in job.devices:
             processes.append(_Process(device, plan, desk, events))
@@ -200,7 +203,7 @@ class _Process:
         if kind == "cuda":
             # It sees this GPU alone, under the name of the first: libraries touch whatever GPU comes first.
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)].strip() if visible else index
         self._plan = replace(plan, device=kind)
         # Not `multiprocessing`, which runs the caller's script again. A session of its own, so that Ctrl-C reaches this
         # process alone, which ends the others: they end when their standard input does.
@@ -303,15 +306,21 @@ class _Channel:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        try:
-            while True:
+        while True:
+            try:
                 self._inbox.put(pickle.load(self.into))
-        except BaseException:
-            os._exit(1)  # Nobody is there any more, whatever is going on here.
+            except EOFError:
+                os._exit(1)  # Nobody is there any more, whatever is going on here.
+            except Exception as error:  # An image of a class that is not to be had here.
+                self._inbox.put(error)
+                return
 
     def receive(self) -> Any:
         """Return the next message."""
-        return self._inbox.get()
+        message = self._inbox.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     def send(self, message: object) -> None:
         """Send a message, from any thread."""

@@ -10,11 +10,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -25,6 +30,9 @@ from embedkit.extraction import Progress
 from embedkit.extraction.computing import News
 from embedkit.extraction.devices import _Desk
 from embedkit.sources import Listing
+from embedkit.sources.entries import Entries
+from embedkit.sources.folders import list_folder
+from embedkit.sources.videos import list_video
 
 TWO = ("cpu", "cpu")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes are found in /proc")
@@ -225,6 +233,70 @@ def test_images_that_cannot_be_sent_are_an_error(
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         extract(images, tmp_path / "s.h5", backbone, devices=TWO)
     assert children(os.getpid()) == []
+
+
+def test_what_many_images_share_is_sent_once(photos: Path, backbone: Backbone, alone: Store, tmp_path: Path) -> None:
+    folder = list_folder(photos)
+    images = _Remembering(tmp_path / "pickled", folder.files)
+    (tmp_path / "pickled").mkdir()
+    listing = Listing(folder.root, images, folder.classes, [], 0)
+    store = extract(
+        listing, tmp_path / "s.h5", backbone, batch_size=4, part_size=4, layers=("max",), devices=TWO, workers=2
+    )
+    assert store.content_id == alone.content_id
+    assert len(list((tmp_path / "pickled").iterdir())) <= 2
+
+
+class _Member(NamedTuple):
+    """An image that knows where it is from."""
+
+    id: str
+    label: str | None
+    number: int
+    whole: _Remembering
+
+    def status(self) -> tuple[int, int]:
+        return self.whole.files[self.number].status()
+
+    def read(self) -> Any:
+        return self.whole.files[self.number].read()
+
+
+@dataclass(frozen=True, eq=False)
+class _Remembering(Entries):
+    """Images whose listing leaves a file behind whenever it is pickled."""
+
+    marks: Path
+    files: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def entry(self, number: int) -> _Member:
+        return _Member(self.files[number].id, self.files[number].label, number, self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tempfile.mkstemp(dir=self.marks)
+        return _Remembering, (self.marks, self.files)
+
+
+def test_frames_of_a_video_are_read_in_every_process(backbone: Backbone, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+        video = file.add_stream("mpeg4", rate=4)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        for number in range(16):
+            pixels = np.full((64, 64, 3), 15 * number, dtype=np.uint8)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(video.encode())
+    stores = [
+        extract(
+            list_video(tmp_path / "clip.mp4", fps=4), tmp_path / f"{len(devices)}.h5", backbone, batch_size=2,
+            part_size=2, workers=2, devices=devices,
+        )
+        for devices in ((), TWO)
+    ]  # fmt: skip
+    assert len(stores[0]) == 16 and stores[0].content_id == stores[1].content_id
 
 
 def test_devices_that_make_no_sense_are_refused(photos: Path, backbone: Backbone, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ had not written: that goes to another one.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import pickle
@@ -26,6 +27,8 @@ import torch
 from embedkit.backbones import Backbone
 from embedkit.errors import BackboneError
 from embedkit.extraction.computing import Job, News, NumberedPart, compute_parts
+from embedkit.sources.decoders import Decoders
+from embedkit.sources.entries import Entries
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import PartWriter
 
@@ -59,6 +62,14 @@ class Assignment:
     threads: int
     write: PartWriter
     log_level: int
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What many images refer to, such as their listing: it is sent once, and called by its number from then on."""
+
+    number: int
+    data: bytes
 
 
 # What a process says, beside `News`.
@@ -211,6 +222,7 @@ class _Process:
             [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True,
         )  # fmt: skip
+        self._shared: dict[int, tuple[int, object]] = {}  # The objects too, so that no other one gets their addresses.
         self._thread = threading.Thread(target=self._talk, name=f"embedkit-{device}", daemon=True)
         self._thread.start()
 
@@ -234,7 +246,22 @@ class _Process:
         self._events.put((self, _End(status)))
 
     def _send(self, message: object) -> None:
-        data = pickle.dumps(message)
+        self._write(self._encoded(message))
+
+    def _encoded(self, message: object) -> bytes:
+        buffer = io.BytesIO()
+        _Pickler(buffer, message, self._share).dump(message)
+        return buffer.getvalue()
+
+    def _share(self, thing: object) -> int:
+        """Return the number of something shared, which the process has got before it reads of it."""
+        if id(thing) not in self._shared:
+            number = len(self._shared)
+            self._shared[id(thing)] = number, thing
+            self._write(pickle.dumps(_Shared(number, self._encoded(thing))))
+        return self._shared[id(thing)][0]
+
+    def _write(self, data: bytes) -> None:
         assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # It has died, which the next message does not come from.
             self._popen.stdin.write(data)
@@ -255,6 +282,30 @@ class _Process:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+class _Pickler(pickle.Pickler):
+    """Puts the numbers of shared things in their place."""
+
+    def __init__(self, file: BinaryIO, root: object, share: Callable[[object], int]) -> None:
+        super().__init__(file)
+        self._root, self._share = root, share
+
+    def persistent_id(self, thing: object) -> int | None:
+        """Return the number of what is shared, and None for all else."""
+        return self._share(thing) if isinstance(thing, Entries | Decoders) and thing is not self._root else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds shared things by their numbers."""
+
+    def __init__(self, file: BinaryIO, shared: Mapping[int, Any]) -> None:
+        super().__init__(file)
+        self._shared = shared
+
+    def persistent_load(self, number: int) -> Any:
+        """Return the shared thing of a number."""
+        return self._shared[number]
 
 
 # In the process of a device.
@@ -306,9 +357,14 @@ class _Channel:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
+        shared: dict[int, Any] = {}
         while True:
             try:
-                self._inbox.put(pickle.load(self.into))
+                message = _Unpickler(self.into, shared).load()
+                if isinstance(message, _Shared):
+                    shared[message.number] = _Unpickler(io.BytesIO(message.data), shared).load()
+                else:
+                    self._inbox.put(message)
             except EOFError:
                 os._exit(1)  # Nobody is there any more, whatever is going on here.
             except Exception as error:  # An image of a class that is not to be had here.

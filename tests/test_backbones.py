@@ -105,7 +105,7 @@ def test_errors_say_what_to_do(tiny_backbone: Path, tmp_path: Path, monkeypatch:
     refused("class token", tiny_backbone, pool="cls")
     refused("five-crop needs a crop smaller than the image", tiny_backbone, views=["five-crop"], crop_pct=1.0)
     refused("'spin' is no view", tiny_backbone, views=["spin"])
-    refused("unknown decode 'blind'; choose one of standard, exact, fast", tiny_backbone, decode="blind")
+    refused("unknown decode 'blind'; choose one of standard, exact, fast, gpu", tiny_backbone, decode="blind")
     refused("unknown precision 'int4'", tiny_backbone, precision="int4")
     refused("unknown crop mode 'zoom'", tiny_backbone, crop_mode="zoom")
     refused("unknown interpolation 'magic'", tiny_backbone, interpolation="magic")

@@ -10,7 +10,6 @@ import pytest
 
 from embedkit import ImageError
 from embedkit.sources import list_files, list_folder, list_named
-from embedkit.sources.filelists import read_file
 
 
 def write(path: Path, content: bytes = b"x") -> Path:
@@ -188,19 +187,11 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
         list_named(write(tmp_path / "list", os.fsencode(small)), max_bytes=4).files[0].read()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc")
-def test_a_file_that_the_system_makes_up_is_not_read() -> None:
-    with pytest.raises(ImageError, match="the file grows while it is read"):
-        read_file("/proc/self/status", "status")
-    with pytest.raises(ImageError, match="not an image"):
-        read_file("/dev/zero", "zero")
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read any file")
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "locked.jpg")
     path.chmod(stat.S_IWUSR)
-    with pytest.raises(ImageError, match="permission denied") as caught:
+    with pytest.raises(ImageError, match="not permitted") as caught:
         list_files([path]).files[0].read()
     assert caught.value.kind == "permission"
 

@@ -3,6 +3,7 @@
 The only room that uses timm. A backbone eats images, so it may use the images room; it knows nothing of stores.
 """
 
+from embedkit.backbones.arguments import device_names
 from embedkit.backbones.backbone import Backbone
 from embedkit.backbones.catalogue import ModelInfo, list_models
 from embedkit.backbones.choosing import Choice, Trial
@@ -20,6 +21,7 @@ __all__ = [
     "Seconds",
     "Steps",
     "Trial",
+    "device_names",
     "import_timm",
     "in_batches",
     "list_models",

@@ -85,6 +85,49 @@ def usable_device(device: str) -> torch.device:
     return found
 
 
+def device_names(devices: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of devices, of which there may be several.
+
+    Parameters
+    ----------
+    devices : str or sequence of str
+        Names, or one text with commas between them. ``cuda:all`` stands for every GPU.
+
+    Raises
+    ------
+    BackboneError
+        When one of several is not there, or they are of different kinds: those agree to rounding only.
+
+    Examples
+    --------
+    >>> from embedkit.backbones import device_names
+    >>> device_names("cpu,cpu")
+    ('cpu', 'cpu')
+    """
+    given = devices.split(",") if isinstance(devices, str) else devices
+    count = torch.cuda.device_count()
+    names: list[str] = []
+    for name in (name.strip() for name in given):
+        if name == "cuda:all" and not count:
+            raise BackboneError("device 'cuda:all' cannot be used: there is no GPU; only --device auto chooses")
+        names += [f"cuda:{index}" for index in range(count)] if name == "cuda:all" else [name]
+    if len(names) < 2 and isinstance(devices, str):
+        return tuple(names)  # `usable_device` judges it.
+    for name in names:
+        kind, _, index = name.partition(":")
+        if not (name == "cpu" or (kind == "cuda" and index.isdecimal())):
+            raise BackboneError(f"{name!r} cannot be one of several devices; they are cpu, cuda:0, cuda:1, ...")
+        if kind == "cuda" and int(index) >= count:
+            raise BackboneError(f"device {name!r} cannot be used: there {_are(count)}; only --device auto chooses")
+    if len({name.partition(":")[0] for name in names}) > 1:
+        raise BackboneError(f"several devices are of one kind, got {', '.join(names)}")
+    return tuple(names)
+
+
+def _are(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {count or 'no'} GPU{'s' * (count != 1)}"
+
+
 def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], decode: str, **reading: Any) -> Preprocessing:
     """Return the preprocessing that the weights were trained with, the facts that were overridden, how files are read.
 

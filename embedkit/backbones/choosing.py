@@ -85,9 +85,10 @@ def choose(
         raise BackboneError(f"unknown engine {engine!r}; choose auto or one of {', '.join(ENGINES)}")
     device = network.scale.device
     workers = workers if device.type == "cpu" else 1
+    if not crops:  # Nothing to try them on.
+        name, reason = ("eager", "short job") if engine == "auto" else (engine, "named")
+        return Choice(built(network, name, batch_size, precision, workers), (Trial(name),), reason)
     plain = built(network, "eager", batch_size, precision)
-    if not crops:
-        return Choice(plain, (Trial("eager"),), "short job")
     passes = count / workers / batch_size
     if device.type != "cpu":
         _timed(plain, _batch(crops, batch_size))  # The first pass sets up the device's libraries.
@@ -123,7 +124,10 @@ def choose(
             log.info("engine %s is left out: %s", name, trial.dropped)
     good = {trial.engine: trial.seconds for trial in trials if not trial.dropped}
     best = min(good, key=lambda name: good[name] * (_GAIN if name != "eager" else 1.0))
-    return Choice(engines[engine if engine in engines else best], tuple(trials), reason)
+    chosen = engines[engine if engine in engines else best]
+    if chosen.name != "compile":
+        _forget(network, "compile")  # Its recording holds on to a GPU's memory.
+    return Choice(chosen, tuple(trials), reason)
 
 
 def built(network: Network, name: str, batch_size: int, precision: str, workers: int = 1) -> Engine:
@@ -135,6 +139,11 @@ def built(network: Network, name: str, batch_size: int, precision: str, workers:
         network.engines[key] = ENGINES[name](network, batch_size, precision, **options)
     engine: Engine = network.engines[key]
     return engine
+
+
+def _forget(network: Network, name: str) -> None:
+    for key in [key for key in network.engines if key[0] == name]:
+        del network.engines[key]
 
 
 def _worth_trying(device: torch.device, seconds: float, passes: float) -> list[str]:

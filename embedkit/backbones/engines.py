@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from embedkit.backbones.float32 import whole_float32
 from embedkit.backbones.network import Network
 from embedkit.errors import BackboneError
 
@@ -59,10 +60,14 @@ class Engine:
     def _pass(self, crops: Sequence[Pixels]) -> list[Embeddings]:
         shape = (self.batch_size if self.fixed else max(2, len(crops)), *crops[0].shape)
         batch = getattr(self._buffers, "batch", None)
+        device = _device(self.network)
         if batch is None or batch.shape != shape:
-            batch = self._buffers.batch = np.zeros(shape, dtype=np.uint8)
+            # A GPU fetches from pinned memory by itself. It is written again when the embeddings are back, so never
+            # while it is being fetched.
+            pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            batch = self._buffers.batch = pinned.numpy()
         np.stack(list(crops), out=batch[: len(crops)])
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_float32(device):
             return [np.array(found[: len(crops)]) for found in self.run(batch)]
 
 
@@ -102,10 +107,46 @@ def graph(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
 
 
 def compiled(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
-    """Compile the network to kernels of its own and replay them without Python; for GPUs."""
+    """Compile the network to kernels of its own; a GPU records them once and replays them without Python."""
     network = in_precision(network, precision)
-    module = torch.compile(network, mode="reduce-overhead", dynamic=False)
-    return Engine("compile", network, _sparing(module, network), batch_size)
+    module = torch.compile(network, dynamic=False)
+    if _device(network).type == "cuda":
+        return Engine("compile", network, _recorded(module, network, batch_size), batch_size)
+    return Engine("compile", network, lambda batch: _numpy(module(_planes(batch, network))), batch_size)
+
+
+def _recorded(
+    module: Callable[[torch.Tensor], Sequence[torch.Tensor]], network: Network, batch_size: int
+) -> Callable[[Pixels], list[Embeddings]]:
+    """Return a runner that replays one recorded pass.
+
+    Recorded here and not by torch.compile's own mode for it, which keeps its recordings for the thread that made them:
+    one thread chooses an engine, and others run it.
+    """
+    device = _device(network)
+    with torch.inference_mode(), torch.cuda.device(device), whole_float32(device):
+        crops = torch.zeros((batch_size, *network.pixels.img_size, 3), dtype=torch.uint8, device=device)
+        crops = crops.permute(0, 3, 1, 2)
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                module(crops)  # It is compiled, and the libraries settle on their ways.
+        main.wait_stream(side)
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording, stream=side, capture_error_mode="thread_local"):
+            results = module(crops)
+    alone = threading.Lock()
+
+    def run(batch: Pixels) -> list[Embeddings]:
+        planes = _planes(batch, network)
+        with alone, torch.cuda.device(device):
+            crops.copy_(planes)
+            recording.replay()
+            found = [embeddings.clone() for embeddings in results]  # The next pass writes to the same place.
+        return _numpy(found)
+
+    return run
 
 
 def openvino(network: Network, batch_size: int, precision: str = "fp32", threads: int = 1) -> Engine:
@@ -164,30 +205,49 @@ def _planes(batch: Pixels, network: Network) -> torch.Tensor:
     """Return crops as the network takes them, (b, 3, h, w), channels last in memory."""
     device = _device(network)
     crops = torch.from_numpy(batch)
-    if device.type == "cuda":
-        crops = crops.pin_memory().to(device, non_blocking=True)
-    return crops.to(device).permute(0, 3, 1, 2)
+    crops = _uploaded(crops, device) if device.type == "cuda" else crops.to(device)
+    return crops.permute(0, 3, 1, 2)
+
+
+def _uploaded(crops: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Send crops to a GPU beside what it computes for another thread; what follows there waits for them."""
+    if getattr(_uploads, "device", None) != device:
+        _uploads.device, _uploads.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    main = torch.cuda.current_stream(device)
+    with torch.cuda.stream(_uploads.stream):
+        sent = crops.to(device, non_blocking=True)
+    main.wait_stream(_uploads.stream)
+    sent.record_stream(main)
+    return sent
+
+
+_uploads = threading.local()
 
 
 def _sparing(module: Callable[[torch.Tensor], Sequence[torch.Tensor]], network: Network) -> Any:
     """Return a runner that halves its batches for good once they do not fit into a GPU's memory."""
-    limit = None
+    limit: int | None = None
+
+    def attempt(batch: Pixels, step: int) -> list[Embeddings] | None:
+        try:
+            parts = [_numpy(module(_planes(batch[k : k + step], network))) for k in range(0, len(batch), step)]
+        except torch.OutOfMemoryError:
+            if step == 1:
+                raise
+            return None  # Out of here, for the error holds on to all that the pass had allocated.
+        return parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def run(batch: Pixels) -> list[Embeddings]:
         nonlocal limit
         while True:
             step = min(limit or len(batch), len(batch))
-            try:
-                parts = [_numpy(module(_planes(batch[k : k + step], network))) for k in range(0, len(batch), step)]
-                return parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
-            except torch.OutOfMemoryError:
-                if step == 1:
-                    raise
-                limit = step // 2
-                torch.cuda.empty_cache()
-                log.warning(
-                    "%s images do not fit into the memory of %s; going on with %s", step, _device(network), limit
-                )
+            found = attempt(batch, step)
+            if found is not None:
+                return found
+            half = step // 2
+            limit = min(limit or half, half)  # Two threads may find out at once.
+            torch.cuda.empty_cache()
+            log.warning("%s images do not fit into the memory of %s; going on with %s", step, _device(network), limit)
 
     return run
 

@@ -28,6 +28,7 @@ Item = TypeVar("Item")
 Output = TypeVar("Output")
 Pixels = npt.NDArray[np.uint8]
 
+_FEEDERS = 2  # Threads that run an accelerator.
 _CHUNK = 8  # Images that one thread decodes for an accelerator before it looks for work again.
 
 
@@ -101,7 +102,7 @@ def stream(
 
     On a processor every worker takes a batch through all steps by itself, with `threads` threads for each layer of the
     network: nothing waits for anything, and the crops stay in the cache of the core that made them. For an accelerator
-    the workers decode and one more thread feeds it.
+    the workers decode and two more threads feed it.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def stream(
     source = iter(batches)
     waiting: deque[Future[Batch[Item, Output]]] = deque()
     # Deep enough that a slow batch at the head, a few large photographs, does not leave the other workers idle.
-    depth = 3 if accelerator else 3 * workers + 1
+    depth = 2 + _FEEDERS if accelerator else 3 * workers + 1
     with kept_memory():
         try:
             waiting.extend(submit(batch) for batch in itertools.islice(source, depth))
@@ -156,8 +157,13 @@ def _for_processor(steps: Steps[Item, Output], workers: int, threads: int) -> An
 
 
 def _for_accelerator(steps: Steps[Item, Output], workers: int) -> Any:
-    decoders = ThreadPoolExecutor(workers, thread_name_prefix="embedkit-decode")
-    feeder = ThreadPoolExecutor(1, thread_name_prefix="embedkit-forward")
+    """Return a function that has a batch decoded by the workers and then fed, and one that ends all of them."""
+    restore = _keep_thread_count()
+    # Each decoder resizes with one thread, as there is a decoder for every processor.
+    options: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    decoders = ThreadPoolExecutor(workers, thread_name_prefix="embedkit-decode", **options)
+    # While one waits for the accelerator, the other puts the next batch together and sends it.
+    feeders = ThreadPoolExecutor(_FEEDERS, thread_name_prefix="embedkit-forward", **options)
 
     def feed(chunks: list[Future[_Decoded[Item]]]) -> Batch[Item, Output]:
         whole: _Decoded[Item] = _Decoded()
@@ -171,11 +177,12 @@ def _for_accelerator(steps: Steps[Item, Output], workers: int) -> Any:
 
     def submit(batch: Sequence[Item]) -> Future[Batch[Item, Output]]:
         chunks = [decoders.submit(_decoded, steps, batch[k : k + _CHUNK]) for k in range(0, len(batch), _CHUNK)]
-        return feeder.submit(feed, chunks)
+        return feeders.submit(feed, chunks)
 
     def close() -> None:
         decoders.shutdown(wait=True, cancel_futures=True)
-        feeder.shutdown(wait=True, cancel_futures=True)
+        feeders.shutdown(wait=True, cancel_futures=True)
+        restore()
 
     return submit, close
 

@@ -17,7 +17,7 @@ from embedkit.cli.options import (
     NAMES,
     backbone_arguments,
     backbone_options,
-    device_option,
+    devices_option,
     json_option,
     quiet_option,
     source_arguments,
@@ -35,7 +35,7 @@ from embedkit.cli.options import (
     "--layers", type=NAMES, default=(), metavar="POOL[,...]",
     help="More embeddings from the same pass, such as avg,layer3:gem or -1,-4.",
 )  # fmt: skip
-@device_option
+@devices_option
 @click.option("-b", "--batch-size", type=click.IntRange(1), help="Images a pass.  [default: 8, on a GPU 256]")
 @click.option("--part-size", type=click.IntRange(1), help="Images written at a time.  [default: 2 s of work]")
 @click.option("-j", "--workers", type=click.IntRange(1), help="Worker threads.  [default: one a processor]")
@@ -95,7 +95,7 @@ def extract(
     unchanged images are kept without reading them, moved ones are recognised by their content, and only new and
     changed ones are computed.
     """
-    from embedkit.backbones import Backbone
+    from embedkit.backbones import Backbone, device_names
     from embedkit.extraction import estimate
     from embedkit.extraction import extract as extract_images
     from embedkit.sources import list_images
@@ -103,7 +103,8 @@ def extract(
     started = time.perf_counter()
     selection = source_arguments(choices)
     arguments, more = backbone_arguments(**choices)
-    backbone = Backbone.load(model, device=device, **arguments)
+    devices = device_names(device)
+    backbone = Backbone.load(model, device=devices[0], **arguments)
     printing.notice(f"backbone: {backbone.description}", quiet)
     listing = list_images(*images, **selection)
     if dry_run:
@@ -114,9 +115,9 @@ def extract(
     with printing.ImageBar(quiet) as bar:
         store = extract_images(
             listing, output, backbone, layers=(*more, *layers), batch_size=batch_size, part_size=part_size,
-            workers=workers, threads=threads, engine=engine, overwrite=overwrite, checksum=checksum,
-            retry_failed=retry_failed, repair=repair, max_failures=0 if on_error == "fail" else max_failures,
-            progress=bar.update, report=report,
+            workers=workers, threads=threads, engine=engine, devices=devices if len(devices) > 1 else (),
+            overwrite=overwrite, checksum=checksum, retry_failed=retry_failed, repair=repair,
+            max_failures=0 if on_error == "fail" else max_failures, progress=bar.update, report=report,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     printing.failures(store, quiet)

@@ -149,8 +149,8 @@ _BACKBONE_OPTIONS = [
         help="Refuse larger images before they are decoded, such as 50M.",
     ),
     click.option(
-        "--decode", type=click.Choice(["standard", "exact", "fast"]), default="standard", show_default=True,
-        help="exact: timm's pixels bit for bit, slower; fast: large JPEGs at a fraction of their size.",
+        "--decode", type=click.Choice(["standard", "exact", "fast", "gpu"]), default="standard", show_default=True,
+        help="exact: timm's pixels, slower; fast: large JPEGs at a fraction of their size; gpu: JPEGs by nvJPEG.",
     ),
     click.option(
         "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
@@ -197,6 +197,10 @@ COUNT_OR_SHARE = _CountOrShare()
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."
 )
+devices_option = click.option(
+    "--device", default="auto", show_default=True, metavar="NAME[,...]",
+    help="auto, cpu, cuda, cuda:1, ...; several work side by side: cuda:0,cuda:1 or cuda:all.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text for people.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists at the output.")
 layer_option = click.option("--layer", metavar="NAME", help="A layer of the store instead of its embeddings.")

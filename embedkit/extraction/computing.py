@@ -8,17 +8,18 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.backbones import Backbone, Batch, Engine, Steps, stream
+from embedkit.backbones import Backbone, Batch, Engine, Seconds, Steps, in_batches, stream
 from embedkit.errors import ImageError
 from embedkit.extraction.progress import Progress, Timing
 from embedkit.images import Data
 from embedkit.sources import Entry, Listing, content_sha256
-from embedkit.store import Failures, Images, Rows, Run, Update
+from embedkit.store import Failures, Images, PartWriter, Rows, Run, Update
 from embedkit.store.tables import lookup
 
 
@@ -33,7 +34,9 @@ class Job:
     engine : Engine
         Chosen for these layers.
     workers, threads : int
-        Worker threads, and threads of each one's forward pass.
+        Worker threads of each process, and threads of each one's forward pass.
+    devices : tuple of str
+        Where there is a process for each; empty when this process computes.
     """
 
     backbone: Backbone
@@ -41,6 +44,7 @@ class Job:
     engine: Engine
     workers: int
     threads: int
+    devices: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,6 +60,45 @@ class _Reading:
 _Computed = Batch[_Reading, dict[str, npt.NDArray[np.float32]]]
 
 
+@dataclass(frozen=True)
+class News:
+    """What has happened since the last one.
+
+    Attributes
+    ----------
+    part : int
+        Whose images were computed.
+    images : int
+        How many there were; fewer than none when they were lost again.
+    failures : tuple of ImageError
+        Those of them that could not be read.
+    seconds : Seconds
+        What they took.
+    written : tuple of int
+        Parts that survive a power cut now.
+    committed : int
+        Images of these.
+    commit_seconds : float
+        What writing them took.
+    forgotten : int
+        Failures of images that were lost again.
+    """
+
+    part: int = -1
+    images: int = 0
+    failures: tuple[ImageError, ...] = ()
+    seconds: Seconds = field(default_factory=Seconds)
+    written: tuple[int, ...] = ()
+    committed: int = 0
+    commit_seconds: float = 0.0
+    forgotten: int = 0
+
+
+# A part of the plan: its number, and its images in their order.
+NumberedPart: TypeAlias = tuple[int, Sequence[Entry]]
+Work: TypeAlias = Callable[[Iterator[NumberedPart], Job, PartWriter], Generator[News, None, None]]
+
+
 def compute(
     run: Run,
     update: Update,
@@ -63,30 +106,28 @@ def compute(
     job: Job | None,
     progress: Callable[[Progress], None] | None,
     max_failures: int | float | None,
+    work: Work,
 ) -> tuple[Progress, ImageError | None]:
-    """Compute the parts that are to do, in their order, and return how it ended, and one failure if there was any."""
+    """Compute the parts that are to do and return how it ended, and one failure if there was any.
+
+    `work` is `compute_parts`, or what lets other processes do the same.
+    """
+
+    def parts() -> Iterator[NumberedPart]:
+        for number in update.todo:
+            rows = lookup(update.inventory.ids, update.plan.part(number)).tolist()
+            yield number, [listing.files[row] for row in rows]
+
     tally = _Tally(len(listing.files) + len(listing.failures), update, job, progress, max_failures)
     tally.fail([*listing.failures, *update.failures])
     state = tally.report()
     if job is None:
         return state, tally.first
-    with ThreadPoolExecutor(1, thread_name_prefix="embedkit-commit") as writer:
-        commits: deque[tuple[Future[float], int]] = deque()
-        rows: list[_Computed] = []
-        with closing(_batches(update, listing, job)) as batches:  # Whatever happens here, the workers end.
-            for number, ends, batch in batches:
-                rows.append(batch)
-                tally.add(batch)
-                if ends:
-                    count = sum(len(batch.items) + len(batch.failures) for batch in rows)
-                    commits.append((writer.submit(_commit, run, number, rows), count))
-                    rows = []
-                while commits and (commits[0][0].done() or len(commits) > 2):
-                    tally.commit(*commits.popleft())
-                tally.fail([error for _, error in batch.failures])
+    with closing(work(parts(), job, run.writer)) as all_news:  # Whatever happens here, the workers end.
+        for news in all_news:
+            tally.add(news)
+            if news.images:
                 tally.report()
-        for commit, count in commits:
-            tally.commit(commit, count)
     return tally.report(), tally.first
 
 
@@ -104,24 +145,24 @@ class _Tally:
         self.allowed = total if max_failures is None else max_failures
         if isinstance(self.allowed, float) and self.allowed < 1:
             self.allowed *= total
-        self.timing = Timing(job.workers if job else 1, job is not None and job.backbone.device.type != "cpu")
+        accelerated = job is not None and job.backbone.device.type != "cpu"
+        self.timing = Timing(job.workers if job else 1, accelerated, max(1, len(job.devices)) if job else 1)
 
-    def add(self, batch: _Computed) -> None:
-        """Count a batch, before its failures."""
-        count = len(batch.items) + len(batch.failures)
-        self.done += count
-        self.timing.add(batch.seconds, count)
-
-    def commit(self, commit: Future[float], images: int) -> None:
-        """Count what is written durably."""
-        self.timing.commit += commit.result()
-        self.committed += images
+    def add(self, news: News) -> None:
+        """Count what has happened."""
+        self.done += news.images
+        self.committed += news.committed
+        self.timing.commit += news.commit_seconds
+        if news.images:
+            self.timing.add(news.seconds, news.images)
+        self.failed -= news.forgotten
+        self.fail(news.failures)
 
     def fail(self, errors: Sequence[ImageError]) -> None:
         """Count failures."""
         self.failed += len(errors)
         self.first = self.first or next(iter(errors), None)
-        if self.failed > self.allowed:
+        if errors and self.failed > self.allowed:
             last = errors[-1]
             raise ImageError(
                 last.id,
@@ -140,13 +181,41 @@ class _Tally:
         return state
 
 
-def _commit(run: Run, number: int, rows: Sequence[_Computed]) -> float:
+def compute_parts(parts: Iterator[NumberedPart], job: Job, write: PartWriter) -> Generator[News, None, None]:
+    """Compute parts in their order, and write each while the next one is on its way."""
+    with ThreadPoolExecutor(1, thread_name_prefix="embedkit-commit") as writer:
+        commits: deque[tuple[Future[float], int, int]] = deque()
+        rows: list[_Computed] = []
+        with closing(_batches(parts, job)) as batches:
+            for number, ends, batch in batches:
+                rows.append(batch)
+                if ends:
+                    count = sum(len(batch.items) + len(batch.failures) for batch in rows)
+                    commits.append((writer.submit(_commit, write, number, rows), number, count))
+                    rows = []
+                failures = tuple(error for _, error in batch.failures)
+                yield News(number, len(batch.items) + len(failures), failures, batch.seconds, *_settled(commits, 2))
+        yield News(-1, 0, (), Seconds(), *_settled(commits, 0))
+
+
+def _commit(write: PartWriter, number: int, rows: Sequence[_Computed]) -> float:
     started = time.perf_counter()
-    run.write(number, _rows(rows))
+    write(number, _rows(rows))
     return time.perf_counter() - started
 
 
-def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int, bool, _Computed], None, None]:
+def _settled(commits: deque[tuple[Future[float], int, int]], most: int) -> tuple[tuple[int, ...], int, float]:
+    """Take away the commits that are done, and wait until no more than `most` are left: parts, images, seconds."""
+    written, committed, seconds = [], 0, 0.0
+    while commits and (commits[0][0].done() or len(commits) > most):
+        commit, number, count = commits.popleft()
+        seconds += commit.result()
+        written.append(number)
+        committed += count
+    return tuple(written), committed, seconds
+
+
+def _batches(parts: Iterator[NumberedPart], job: Job) -> Generator[tuple[int, bool, _Computed], None, None]:
     """Yield part, whether the part ends, and what became of the batch; the pipeline flows across the parts."""
 
     def read(reading: _Reading) -> Data:
@@ -157,11 +226,9 @@ def _batches(update: Update, listing: Listing, job: Job) -> Generator[tuple[int,
         return data
 
     def planned() -> Iterator[tuple[int, bool, list[_Reading]]]:
-        for number in update.todo:
-            rows = lookup(update.inventory.ids, update.plan.part(number)).tolist()
-            for start in range(0, len(rows), update.plan.batch_size):
-                batch = rows[start : start + update.plan.batch_size]
-                yield number, start + len(batch) == len(rows), [_Reading(listing.files[row]) for row in batch]
+        for number, entries in parts:
+            for batch in in_batches(entries, job.engine.batch_size):
+                yield number, batch[-1] is entries[-1], [_Reading(entry) for entry in batch]
 
     plan, copy = itertools.tee(planned())
     steps = Steps(

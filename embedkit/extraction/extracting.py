@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.backbones import Backbone, Choice, in_batches, usable_processors
+from embedkit.backbones import Backbone, Choice, device_names, in_batches, usable_processors
 from embedkit.errors import BackboneError, ImageError
-from embedkit.extraction.computing import Job, compute
+from embedkit.extraction.computing import Job, compute, compute_parts
+from embedkit.extraction.devices import compute_on_devices
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
 from embedkit.sources import Entry, Listing, content_sha256, list_files, list_images
@@ -43,6 +44,7 @@ def extract(
     workers: int | None = None,
     threads: int | None = None,
     engine: str = "auto",
+    devices: Sequence[str] = (),
     overwrite: bool = False,
     checksum: bool = False,
     retry_failed: bool = False,
@@ -80,8 +82,8 @@ def extract(
         Images that are written at a time, rounded down to whole batches. By default as many as take two seconds, for
         that is what a kill costs. The store does not depend on it.
     workers : int, optional
-        Worker threads; by default one for each usable processor. On a processor each takes its images through all
-        steps, for a GPU they decode.
+        Worker threads, of all devices; by default one for each usable processor. On a processor each takes its images
+        through all steps, for a GPU they decode.
     threads : int, optional
         Threads that each worker's forward pass may use; by default one, which moves no bit whatever `workers` is.
     engine : str, default "auto"
@@ -89,6 +91,10 @@ def extract(
         enough to pay for it, and takes the fastest whose numbers are those of eager float32. An update or a resumed run
         keeps the engine of before, so that its result equals that of a new extraction in every bit, unless it computes
         more than the store holds. Otherwise one of eager, graph, openvino and compile.
+    devices : sequence of str, optional
+        A process for each computes parts of the store, such as ``("cuda:0", "cuda:1")``, or ``("cuda:all",)`` for every
+        GPU. They are of the kind that `backbone` is on, and share `workers` out. By default this process computes,
+        where `backbone` is. The store does not depend on it.
     overwrite : bool, default False
         Whether a store that exists at `output` is replaced instead of updated.
     checksum : bool, default False
@@ -123,7 +129,7 @@ def extract(
     StoreExistsError
         When none of the images of the store, or of an unfinished run, is in the folder: it was made from another one.
     BackboneError
-        When the backbone cannot be loaded, or has no such layer.
+        When the backbone cannot be loaded, or has no such layer, or a device is not there or dies.
 
     Examples
     --------
@@ -133,16 +139,18 @@ def extract(
     (1200, 512)
     """
     listing = listed(images)
+    devices = device_names(tuple(devices)) if devices else ()
     if isinstance(backbone, str):
-        backbone = Backbone.load(backbone)
+        backbone = Backbone.load(backbone, device=devices[0] if devices else "auto")
+    _require_kind(backbone, devices)
     names = tuple(checked_layers(backbone, layers))
     specs = {layer: backbone.layer_spec(layer) for layer in names}
     information = _information(listing, backbone)
     run = Run(output, backbone.spec, layers=specs, information=information, overwrite=overwrite, repair=repair)
-    settling = _Settling(run, listing, backbone, names, engine, batch_size, workers, threads)
+    settling = _Settling(run, listing, backbone, names, engine, batch_size, workers, threads, devices)
     if report is not None:
         open(report, "a", encoding="utf-8").close()  # Rather now than after hours.
-    cpu_seconds = time.process_time()
+    cpu_seconds = _cpu_seconds()
     with run:
         settling.remember_earlier()
         update = run.prepare(
@@ -155,7 +163,8 @@ def extract(
         )
         try:
             job = settling.job(update.waiting, update.plan.batch_size)
-            end, first = compute(run, update, listing, job, progress, max_failures)
+            work = compute_on_devices if devices else compute_parts
+            end, first = compute(run, update, listing, job, progress, max_failures, work)
             if end.failed == end.total:
                 run.abandon()
                 raise ImageError(
@@ -168,7 +177,7 @@ def extract(
             log.warning("what is computed is kept in %s: the same command goes on from there", run.folder)
             raise
     if report is not None:
-        write_report(report, end, job, settling.choice, time.process_time() - cpu_seconds)
+        write_report(report, end, job, settling.choice, _cpu_seconds() - cpu_seconds)
     return Store.open(output)
 
 
@@ -184,11 +193,12 @@ class _Settling:
 
     def __init__(
         self, run: Run, listing: Listing, backbone: Backbone, layers: tuple[str, ...], engine: str,
-        batch_size: int | None, workers: int | None, threads: int | None,
+        batch_size: int | None, workers: int | None, threads: int | None, devices: tuple[str, ...],
     ) -> None:  # fmt: skip
         self.run, self.listing, self.backbone, self.layers, self.engine = run, listing, backbone, layers, engine
         self.batch_size = batch_size or backbone.batch_size
-        self.workers = workers or usable_processors()
+        self.devices, self.processes = devices, max(1, len(devices))
+        self.workers = max(1, (workers or usable_processors()) // self.processes)
         self.threads = threads or 1
         self.choice: Choice | None = None
         self._seconds = 0.0
@@ -202,7 +212,7 @@ class _Settling:
             self.batch_size = batch_size  # That of the run that is resumed.
             self._choose(count)
         assert self.choice is not None
-        job = Job(self.backbone, self.layers, self.choice.engine, self.workers, self.threads)
+        job = Job(self.backbone, self.layers, self.choice.engine, self.workers, self.threads, self.devices)
         log.info("%s", engine_line(self.choice, job))
         return job
 
@@ -243,8 +253,8 @@ class _Settling:
 
     def _chosen(self, crops: list[npt.NDArray[np.uint8]], count: int, engine: str) -> Choice:
         return self.backbone.choose_engine(
-            crops, count, layers=self.layers, engine=engine, batch_size=self.batch_size, workers=self.workers,
-            threads=self.threads,
+            crops, count // self.processes, layers=self.layers, engine=engine, batch_size=self.batch_size,
+            workers=self.workers, threads=self.threads,
         )  # fmt: skip
 
     def _sample(self) -> list[npt.NDArray[np.uint8]]:
@@ -261,6 +271,18 @@ class _Settling:
         self._seconds = (time.perf_counter() - started) / max(1, len(crops))
         # Noise will do where no image can be read.
         return crops or self.backbone.noise(_SAMPLE)
+
+
+def _require_kind(backbone: Backbone, devices: Sequence[str]) -> None:
+    if devices and devices[0].partition(":")[0] != backbone.device.type:
+        raise BackboneError(
+            f"this backbone is on {backbone.device}, and the devices are {', '.join(devices)}; load it on the first"
+        )
+
+
+def _cpu_seconds() -> float:
+    """Return the processor time of this process, and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def _inventory(listing: Listing) -> Inventory:

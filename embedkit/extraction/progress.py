@@ -71,8 +71,9 @@ class Progress:
 class Timing:
     """Adds up what the workers measure."""
 
-    workers: int
+    workers: int  # Of each process.
     accelerator: bool = False
+    processes: int = 1
     started: float = field(default_factory=time.perf_counter)
     seconds: Seconds = field(default_factory=Seconds)
     commit: float = 0.0
@@ -89,13 +90,14 @@ class Timing:
     def measured(self) -> Measured:
         """Return the shares so far."""
         elapsed = max(1e-9, time.perf_counter() - self.started)
-        whole = elapsed * self.workers
+        whole = elapsed * self.workers * self.processes
         spent = self.seconds
-        forward = spent.forward / (elapsed if self.accelerator else whole)
+        # An accelerator is fed by two threads, so that one of them may wait for it.
+        forward = min(1.0, spent.forward / (elapsed * self.processes)) if self.accelerator else spent.forward / whole
         busy = (spent.read + spent.decode) / whole + (0 if self.accelerator else forward)
         oldest, then = self._recent[0] if self._recent else (0.0, 0)
         lately = (self.images - then) / (self._recent[-1][0] - oldest) if len(self._recent) > 1 else 0.0
         return Measured(
             elapsed, self.images / elapsed, lately, spent.read / whole, spent.decode / whole, forward,
-            max(0.0, 1 - busy), self.commit / elapsed,
+            max(0.0, 1 - busy), self.commit / elapsed / self.processes,
         )  # fmt: skip

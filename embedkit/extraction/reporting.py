@@ -37,7 +37,7 @@ def write_report(
         report["engine"] = job.engine.name
         report["precision"] = job.backbone.spec.precision
         report["decoder"] = job.backbone.preprocessing.decoder
-        report["device"] = str(job.backbone.device)
+        report["device"], report["devices"] = str(job.backbone.device), list(job.devices)
     if choice is not None:
         report["chosen_because"] = choice.reason
         report["trials"] = [_rounded(dataclasses.asdict(trial), 9) for trial in choice.trials]
@@ -72,6 +72,7 @@ def engine_line(choice: Choice, job: Job) -> str:
     trial, decoder = choice.trial, job.backbone.preprocessing.decoder
     eager = next((other for other in choice.trials if other.engine == "eager"), trial)
     parts = [
+        *([f"a process on each of {', '.join(job.devices)}"] if job.devices else []),
         f"{job.workers} worker{'s' * (job.workers > 1)} with {job.threads} thread{'s' * (job.threads > 1)} each",
         f"{job.engine.batch_size} images a pass", decoder,
     ]  # fmt: skip

@@ -9,11 +9,11 @@ from embedkit.images.regions import Data, Region
 
 __all__ = [
     "BYTES_A_PIXEL",
-    "MAX_BYTES",
     "CROP_MODES",
     "DECODERS",
     "FORMATS",
     "INTERPOLATIONS",
+    "MAX_BYTES",
     "MAX_PIXELS",
     "TRUNCATED",
     "Data",

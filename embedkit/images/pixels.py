@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,18 +31,28 @@ DECODERS = {
     "standard": "libjpeg-turbo, torch resize",  # Pillow's pixels; resized ones differ by a level here and there.
     "exact": "pillow",  # Every pixel as Pillow makes it.
     "fast": "libjpeg-turbo scaled, torch resize",  # Large JPEGs are decoded smaller, to no less than twice the size.
+    "gpu": "nvJPEG, torch resize",  # JPEGs, where a GPU can; what it cannot is done as by "standard".
 }
 _FAST_MARGIN = 2
 
+# Takes a JPEG, its height and width, those it should have, and whether its pixels lie on their side; returns them, or
+# None where it will not.
+Resizer: TypeAlias = "Callable[[bytes, tuple[int, int], tuple[int, int], bool], npt.NDArray[np.uint8] | None]"
+
 
 def read_crop(
-    source: Any, preprocessing: Preprocessing, *, id: str | None = None, max_pixels: int = MAX_PIXELS
+    source: Any,
+    preprocessing: Preprocessing,
+    *,
+    id: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    resizer: Resizer | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Read an image and return what a backbone sees of it.
 
     Parameters
     ----------
-    source : path, bytes, PIL image or array
+    source : path, bytes, Region, PIL image or array
         As for `read_image`.
     preprocessing : Preprocessing
         Its `decoder` says how: see `DECODERS`.
@@ -50,6 +60,8 @@ def read_crop(
         What an error calls the image; by default its path.
     max_pixels : int, default 178956970
         As for `read_image`.
+    resizer : callable, optional
+        Decodes and resizes JPEGs instead, as they lie in the file, where it can.
 
     Returns
     -------
@@ -65,7 +77,7 @@ def read_crop(
         id = os.fspath(source) if id is None else id
         source = read_bytes(source, id, BYTES_A_PIXEL * max_pixels)
     try:
-        found = _jpeg_crop(source, preprocessing, max_pixels) if isinstance(source, bytes) else None
+        found = _jpeg_crop(source, preprocessing, max_pixels, resizer) if isinstance(source, bytes) else None
         if found is not None:
             return found
         image = read_image(
@@ -116,7 +128,9 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     return _centred(pixels, preprocessing)
 
 
-def _jpeg_crop(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> npt.NDArray[np.uint8] | None:
+def _jpeg_crop(
+    data: bytes, preprocessing: Preprocessing, max_pixels: int, resizer: Resizer | None
+) -> npt.NDArray[np.uint8] | None:
     """Return the crop of a JPEG; None when Pillow has to judge the file."""
     shape = jpeg.shape_of(data, max_pixels)
     if shape is None or (preprocessing.icc and jpeg.has_profile(data)):
@@ -125,6 +139,9 @@ def _jpeg_crop(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> np
     lying = orientation >= 5  # Height and width change places.
     height, width = shape[::-1] if lying else shape
     size = _resized(height, width, preprocessing)
+    small = None if resizer is None else resizer(data, shape, size[::-1] if lying else size, lying)
+    if small is not None:
+        return _centred(turned(small, orientation), preprocessing)
     if not _by_torch(preprocessing, (height, width), size):
         pixels = jpeg.decode(data)
         return None if pixels is None else crop(upright(Image.fromarray(pixels), orientation), preprocessing)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from embedkit.errors import ImageError
+from embedkit.images import MAX_BYTES
 from embedkit.sources.catalogues import Catalogue, Columns
 from embedkit.sources.descriptors import SharedFile, reason_of
 from embedkit.sources.entries import Entries, Entry, Listing, by_bytes, have_folders
@@ -19,7 +20,6 @@ from embedkit.sources.spools import is_compressed, unpack
 from embedkit.sources.tars import BLOCK, begins_tar, walk_tar
 from embedkit.sources.zips import is_zip, read_member, walk_zip
 
-MAX_BYTES = 3 * 178_956_970
 ARCHIVE_SUFFIXES = (
     ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tbz", ".tbz2", ".tgz", ".txz", ".tzst", ".zip",
 )  # fmt: skip

@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError, MissingExtraError
-from embedkit.images import read_bytes
+from embedkit.images import MAX_BYTES, read_bytes
 from embedkit.sources.arrow_columns import ImageColumn, find_image_column, find_label_column, read_labels
 from embedkit.sources.entries import GONE, Entries, Listing, by_bytes, classes_of, inside, require_inside, status_of
 from embedkit.sources.folders import find_files
 
-MAX_BYTES = 3 * 178_956_970
 _MAX_JSON_BYTES = 64 << 20
 _HUB_SECONDS = 5.0
 _DIGITS = 8

@@ -302,6 +302,9 @@ class Decoders:
         self._limit, self._lock = limit, threading.Lock()
         self._decoders: list[_Decoder] = []  # The longest unused first.
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decoders, (self._limit,)  # Another process opens its own.
+
     def read(self, path: str, id: str, time: Fraction, step: Fraction) -> npt.NDArray[np.uint8]:
         """Return the frame that is shown at a time, where others a step apart are read at about the same time.
 

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from embedkit.errors import ImageError
-from embedkit.sources.entries import Entries, Listing, status_of
+from embedkit.images import MAX_BYTES
+from embedkit.sources.entries import Entries, ImageFile, Listing
 
-MAX_BYTES = 3 * 178_956_970
 STANDARD_INPUT = "-"
 _MAX_NAME_BYTES = 1 << 16  # No system opens a path of more than 32 KiB: what is longer is not a list.
 _CHUNK_BYTES = 1 << 20
-
-
-class NamedFile(NamedTuple):
-    """A file that somebody named: it may be missing, a device, or of any size."""
-
-    id: str
-    path: str
-    max_bytes: int = MAX_BYTES
-
-    @property
-    def label(self) -> None:
-        """Return None: a list of files has no classes."""
-        return None
-
-    def status(self) -> tuple[int, int]:
-        """Return size and modification time; of a file that is gone, what no file has."""
-        return status_of(self.path)
-
-    def read(self) -> bytes:
-        """Return the bytes of the file."""
-        return read_file(self.path, self.id, max_bytes=self.max_bytes)
 
 
 @dataclass(frozen=True)
@@ -52,9 +30,9 @@ class _Files(Entries):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def entry(self, number: int) -> NamedFile:
+    def entry(self, number: int) -> ImageFile:
         id = self.ids[number]
-        return NamedFile(id, os.path.join(self.root, id), self.max_bytes)
+        return ImageFile(id, os.path.join(self.root, id), None, self.max_bytes)
 
 
 def list_files(paths: Iterable[str | os.PathLike[str]], *, max_bytes: int = MAX_BYTES) -> Listing:
@@ -135,36 +113,6 @@ def unopened(name: str, error: OSError) -> ImageError:
         return ImageError(name, "no such file", "missing")
     kind = "permission" if isinstance(error, PermissionError) else "unreadable"
     return ImageError(name, f"cannot be read: {error.strerror or error}", kind)
-
-
-def read_file(path: str, id: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return the bytes of a file that somebody named.
-
-    Raises
-    ------
-    ImageError
-        When it is missing, empty, no regular file, or larger than `max_bytes`. A pipe or a device is never opened.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
-            raise ImageError(id, f"{what}, not an image", "not-an-image")
-        if status.st_size > max_bytes:
-            raise ImageError(id, f"{status.st_size:,} bytes are more than {max_bytes:,}", "too-large")
-        with open(path, "rb") as file:
-            data = file.read(status.st_size + 1)
-    except FileNotFoundError as error:
-        raise ImageError(id, "the file is missing", "missing") from error
-    except PermissionError as error:
-        raise ImageError(id, "the file may not be read: permission denied", "permission") from error
-    except OSError as error:
-        raise ImageError(id, f"the file cannot be read: {error.strerror or error}", "unreadable") from error
-    if len(data) > status.st_size:
-        raise ImageError(id, "the file grows while it is read", "unreadable")
-    if not data:
-        raise ImageError(id, "the file is empty", "empty")
-    return data
 
 
 def _listed(name: str, names: Iterable[str], max_bytes: int) -> Listing:

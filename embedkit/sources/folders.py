@@ -44,9 +44,7 @@ class _Below(Entries):
         return ImageFile(id, os.path.join(self.root, id), label, self.max_bytes)
 
 
-def list_folder(
-    root: str | os.PathLike[str], *, follow_links: bool = False, max_bytes: int = MAX_BYTES
-) -> Listing:
+def list_folder(root: str | os.PathLike[str], *, follow_links: bool = False, max_bytes: int = MAX_BYTES) -> Listing:
     """List the images below a folder without opening any.
 
     Names decide: see `SUFFIXES`. Hidden files are left out. When no image lies in the folder itself, an image's class

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
-from embedkit.images import Region
+from embedkit.images import MAX_BYTES, Region, read_bytes
 from embedkit.sources.boxes import BOX_FORMATS, Box, fragment, read_box
 from embedkit.sources.columns import Columns, choose_columns
 from embedkit.sources.entries import GONE, Entries, Listing, classes_of, require_inside, status_of
-from embedkit.sources.filelists import MAX_BYTES, absolute, read_file, sorting_key
+from embedkit.sources.filelists import absolute, sorting_key
 from embedkit.sources.tables import Table, open_table, text_of, wrong
 
 _MAX_NAME_BYTES = 4096  # Of an id or a class.
@@ -58,7 +58,7 @@ class ListedImage(NamedTuple):
                 reason = f"a symbolic link out of the folder, to {path}; --follow-links follows it"
                 raise ImageError(self.id, reason, "refused")
         try:
-            data = read_file(path, self.id, max_bytes=self.max_bytes)
+            data = read_bytes(path, self.id, self.max_bytes)
         except ImageError as error:
             if error.kind == "missing" and os.sep == "/" and "\\" in path:
                 raise ImageError(self.id, "the file is missing; here folders end with /, not \\", "missing") from error

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
+from embedkit.images import MAX_BYTES
 from embedkit.sources.entries import (
     Entries,
     ImageFile,
@@ -28,7 +29,6 @@ from embedkit.sources.folders import SUFFIXES, is_called, list_folder
 from embedkit.sources.transfers import Patience, Place, connect, public_url, too_large
 from embedkit.sources.webpages import IndexWalk, WebFolder, split_image_url, web_folder
 
-MAX_BYTES = 3 * 178_956_970
 # What places call the version of an object; two versions differ in one of these at least.
 _VERSION = (
     "ETag", "etag", "e_tag", "LastModified", "last_modified", "Last-Modified", "mtime", "updated", "modified",

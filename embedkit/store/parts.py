@@ -49,6 +49,32 @@ class Part:
     matrices: Mapping[str, Matrix]
 
 
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes the parts of one run; another process may hold one, while this one holds the lock.
+
+    Attributes
+    ----------
+    folder : Path
+    digest : str
+        Of the specs of the run.
+    run_id : str
+    """
+
+    folder: Path
+    digest: str
+    run_id: str
+
+    def __call__(self, number: int, rows: Rows) -> None:
+        """Write one part durably."""
+        write_part(self.folder, number, self.digest, self.run_id, rows)
+
+    def sweep(self) -> None:
+        """Remove what writers left in the making that were killed. Nobody may be writing."""
+        for leftover in self.folder.glob(f"{durable.ASIDE}*"):
+            leftover.unlink(missing_ok=True)
+
+
 def write_part(folder: Path, sequence: int, digest: str, run_id: str, rows: Rows) -> Path:
     """Write one part durably: when this returns, its rows survive a power cut.
 

@@ -26,7 +26,7 @@ from embedkit.store import durable
 from embedkit.store.assembling import Header, publish
 from embedkit.store.knowledge import Damage, Known, at, find_damage, gather_known, same_content, unchanged
 from embedkit.store.locking import Lock, now, parts_folder
-from embedkit.store.parts import Part, Rows, part_number, read_parts, write_part
+from embedkit.store.parts import Part, PartWriter, Rows, part_number, read_parts
 from embedkit.store.plans import NO_PLAN, NOTE, Plan, read_note, read_plan, require_same_specs, run_digest, write_note
 from embedkit.store.reader import Store
 from embedkit.store.tables import Inventory, lookup
@@ -288,7 +288,12 @@ class Run:
 
     def write(self, number: int, rows: Rows) -> None:
         """Write one part of the plan durably."""
-        write_part(self.folder, number, self.digest, self.header.run_id, rows)
+        self.writer(number, rows)
+
+    @property
+    def writer(self) -> PartWriter:
+        """What writes parts of the plan, here or in another process."""
+        return PartWriter(self.folder, self.digest, self.header.run_id)
 
     def finalise(self, update: Update) -> bool:
         """Publish the store that holds the update's inventory, and return whether it differs from the one before.

@@ -31,7 +31,9 @@ def test_the_public_names_are_exactly_these() -> None:
         "StoreFormatError",
         "StoreNotFoundError",
         "__version__",
+        "estimate",
         "extract",
+        "list_images",
         "list_models",
         "probe",
     ]

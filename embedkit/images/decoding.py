@@ -116,8 +116,8 @@ def read_image(
         return from_array(source, id or "array")
     if isinstance(source, Region):
         name = "image" if id is None else id
-        whole = read_image(source.data, id=name, exif=exif, icc=icc, truncated=truncated, max_pixels=max_pixels)
-        return _cut(whole, source.box, name)
+        picture = read_image(source.data, id=name, exif=exif, icc=icc, truncated=truncated, max_pixels=max_pixels)
+        return _cut(picture, source.box, name)
     if isinstance(source, Image.Image):
         name = id or getattr(source, "filename", "") or "image"
         image = _decoded(source, name, exif, icc, max_pixels)

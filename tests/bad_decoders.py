@@ -18,7 +18,7 @@ from embedkit.spec import Preprocessing
 _hurt = False
 
 
-def obey(source: Any, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def obey(source: Any, preprocessing: Preprocessing, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Do what the bytes say, and return the number of this process as a crop."""
     global _hurt
     if _hurt:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +24,7 @@ from embedkit.backbones.nvjpeg import DeviceDecoder, nvjpeg_decoder
 from embedkit.backbones.pooling import whole_name
 from embedkit.backbones.streaming import embed_many, with_threads
 from embedkit.errors import BackboneError
-from embedkit.images import MAX_PIXELS, read_crop
+from embedkit.images import MAX_PIXELS, Isolated, read_crop
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
 
@@ -47,6 +49,7 @@ class Backbone:
     recipe: dict[str, Any]
     device: torch.device
     max_pixels: int
+    _isolated: Isolated | None
 
     def __init__(self) -> None:
         raise TypeError("load a backbone with Backbone.load(model)")
@@ -144,6 +147,7 @@ class Backbone:
         backbone._model = network.eval().requires_grad_(False)
         preprocessing = given.preprocessing_of(network, overrides, decode, exif=exif, icc=icc, truncated=truncated)
         backbone.max_pixels = max_pixels
+        backbone._isolated = None
         backbone._resizer = nvjpeg_decoder(backbone.device, preprocessing) if decode == "gpu" else None
         pool = whole_name(network, pool)
         backbone._set_up(preprocessing, pool, source, precision, tuple(views))
@@ -307,7 +311,42 @@ class Backbone:
         ImageError
             When it cannot be read.
         """
+        if self._isolated is not None:
+            return self._isolated(source, id=id)
         return read_crop(source, self._pixels, id=id, max_pixels=self.max_pixels, resizer=self._resizer)
+
+    @property
+    def time_limit(self) -> float | None:
+        """How many seconds an image may take to decode; None without a limit, when it is not `isolated`."""
+        return None if self._isolated is None else self._isolated.seconds
+
+    @contextmanager
+    def isolated(self, seconds: float = 30.0) -> Iterator[Backbone]:
+        """Return this backbone as one that decodes in child processes, which end with the context.
+
+        A decoder that hangs or crashes then costs one image, of the kind "timeout".
+
+        Parameters
+        ----------
+        seconds : float, default 30
+            How long an image may take.
+
+        Raises
+        ------
+        BackboneError
+            When its images are decoded on a GPU, which the child processes do not use.
+
+        Examples
+        --------
+        >>> with backbone.isolated(seconds=10) as careful:  # doctest: +SKIP
+        ...     store = ek.extract("photos/", "photos.h5", careful)
+        """
+        if self._resizer is not None:
+            raise BackboneError('decode="gpu" cannot be isolated in processes of their own; use another way to decode')
+        with Isolated(self._pixels, seconds=seconds, max_pixels=self.max_pixels) as read:
+            other = copy.copy(self)
+            other._isolated = read
+            yield other
 
     def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Return the embeddings of crops that `pixels` made, of shape (len(crops), d): those of `embed_layers`."""

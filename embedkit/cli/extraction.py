@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ from embedkit.cli.options import (
 @click.option(
     "--max-failures", type=COUNT_OR_SHARE, metavar="N|P%", help="End the run when more images fail than that."
 )
+@click.option("--isolate", is_flag=True, help="Decode in processes of their own: one that crashes costs one image.")
+@click.option(
+    "--time-limit", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, metavar="SECONDS",
+    help="How long an image may take with --isolate.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Count the images, try a sample, and say what the run would take.")
 @click.option("--report", type=FILE, metavar="FILE", help="Write as JSON what was chosen and where the time went.")
 @json_option
@@ -79,6 +85,8 @@ def extract(
     repair: bool,
     on_error: str,
     max_failures: float | None,
+    isolate: bool,
+    time_limit: float,
     dry_run: bool,
     report: Path | None,
     as_json: bool,
@@ -87,9 +95,11 @@ def extract(
 ) -> None:
     """Embed every image of IMAGES into one store, or bring a store up to date with them.
 
-    IMAGES is a folder. When no image lies in it directly, the first folder below it is each image's class. Of several
-    folders, every id begins with the folder's name, or with another one given as NAME=FOLDER. An image that cannot be
-    read is recorded with its reason and never replaced; the exit code is then 3.
+    IMAGES is a folder, a tar or zip archive, a table (.csv, .tsv, .jsonl, .parquet), a URL, a Hugging Face dataset
+    (dataset:NAME) or a video; docs/sources.md says more. When no image lies in a folder directly, the first folder
+    below it is each image's class. Of several sources, every id begins with the source's name, or with another one
+    given as NAME=SOURCE. An image that cannot be read is recorded with its reason and never replaced; the exit code is
+    then 3.
 
     A run that was interrupted goes on where it stopped when the same command is given again. Of a store that exists,
     unchanged images are kept without reading them, moved ones are recognised by their content, and only new and
@@ -98,6 +108,7 @@ def extract(
     from embedkit.backbones import Backbone, device_names
     from embedkit.extraction import estimate
     from embedkit.extraction import extract as extract_images
+    from embedkit.images import BYTES_A_PIXEL
     from embedkit.sources import list_images
 
     started = time.perf_counter()
@@ -106,19 +117,22 @@ def extract(
     devices = device_names(device)
     backbone = Backbone.load(model, device=devices[0], **arguments)
     printing.notice(f"backbone: {backbone.description}", quiet)
-    listing = list_images(*images, **selection)
-    if dry_run:
-        with printing.SampleBar(quiet) as count:
-            found = estimate(listing, output, backbone, layers=(*more, *layers), workers=workers, progress=count.update)
-        click.echo(json.dumps(dataclasses.asdict(found)) if as_json else printing.estimate_text(found))
-        return
-    with printing.ImageBar(quiet) as bar:
-        store = extract_images(
-            listing, output, backbone, layers=(*more, *layers), batch_size=batch_size, part_size=part_size,
-            workers=workers, threads=threads, engine=engine, devices=devices if len(devices) > 1 else (),
-            overwrite=overwrite, checksum=checksum, retry_failed=retry_failed, repair=repair,
-            max_failures=0 if on_error == "fail" else max_failures, progress=bar.update, report=report,
-        )  # fmt: skip
+    with printing.saying_when_long("listing the images", quiet):
+        listing = list_images(*images, **selection, max_bytes=BYTES_A_PIXEL * backbone.max_pixels)
+    layers = (*more, *layers)
+    with backbone.isolated(time_limit) if isolate else nullcontext(backbone) as backbone:
+        if dry_run:
+            with printing.SampleBar(quiet) as sample:
+                found = estimate(listing, output, backbone, layers=layers, workers=workers, progress=sample.update)
+            click.echo(json.dumps(dataclasses.asdict(found)) if as_json else printing.estimate_text(found))
+            return
+        with printing.ImageBar(quiet) as bar:
+            store = extract_images(
+                listing, output, backbone, layers=layers, batch_size=batch_size, part_size=part_size, workers=workers,
+                threads=threads, engine=engine, devices=devices if len(devices) > 1 else (), overwrite=overwrite,
+                checksum=checksum, retry_failed=retry_failed, repair=repair,
+                max_failures=0 if on_error == "fail" else max_failures, progress=bar.update, report=report,
+            )  # fmt: skip
     seconds = time.perf_counter() - started
     printing.failures(store, quiet)
     if as_json:

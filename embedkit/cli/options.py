@@ -220,7 +220,7 @@ def source_arguments(choices: dict[str, Any]) -> dict[str, Any]:
     """Take the arguments of `list_images` out of the values of a command's options."""
     from embedkit.sources import list_images
 
-    names = inspect.signature(list_images).parameters
+    names = inspect.signature(list_images).parameters.keys() - {"max_bytes"}
     return {name: choices.pop(name) for name in list(choices) if name in names}
 
 

@@ -10,8 +10,10 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +60,17 @@ class NoticeHandler(logging.Handler):
         """Print one record."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         notice(prefix + record.getMessage())
+
+
+@contextmanager
+def saying_when_long(what: str, quiet: bool) -> Iterator[None]:
+    """Say what is going on when it takes more than two seconds and has no bar."""
+    timer = threading.Timer(2.0, notice, (what, quiet))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class CountBar:

@@ -47,7 +47,8 @@ class Assignment:
     layers : tuple of str
     engine : str
         Chosen by the process that started it, so that all of them compute the same bits.
-    batch_size, workers, threads : int
+    batch_size, workers, threads, max_pixels : int
+    time_limit : float or None
     write : PartWriter
     log_level : int
     """
@@ -60,6 +61,8 @@ class Assignment:
     batch_size: int
     workers: int
     threads: int
+    max_pixels: int
+    time_limit: float | None
     write: PartWriter
     log_level: int
 
@@ -110,7 +113,7 @@ def compute_on_devices(parts: Iterator[NumberedPart], job: Job, write: PartWrite
     desk, events = _Desk(parts), queue.SimpleQueue[tuple[_Process, Any]]()
     plan = Assignment(
         "", job.backbone.spec, job.backbone.recipe, job.layers, job.engine.name, job.engine.batch_size, job.workers,
-        job.threads, write, log.getEffectiveLevel(),
+        job.threads, job.backbone.max_pixels, job.backbone.time_limit, write, log.getEffectiveLevel(),
     )  # fmt: skip
     processes: list[_Process] = []
     torch.cuda.empty_cache()  # What choosing the engine took of the first GPU.
@@ -331,6 +334,9 @@ def serve() -> None:
 
 def _job(assignment: Assignment) -> Job:
     backbone = Backbone.reload(assignment.spec, assignment.recipe, device=assignment.device)
+    backbone.max_pixels = assignment.max_pixels
+    if assignment.time_limit is not None:
+        backbone = backbone.isolated(assignment.time_limit).__enter__()  # Until this process ends.
     choice = backbone.choose_engine(
         [], 1, layers=assignment.layers, engine=assignment.engine, batch_size=assignment.batch_size,
         workers=assignment.workers, threads=assignment.threads,

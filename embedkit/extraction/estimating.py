@@ -6,10 +6,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class Estimate:
 
 
 def estimate(
-    images: str | os.PathLike[str] | Listing | Iterable[str | os.PathLike[str]],
+    images: Any,
     output: str | os.PathLike[str],
     backbone: Backbone | str,
     *,

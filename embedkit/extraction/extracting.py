@@ -20,7 +20,7 @@ from embedkit.extraction.computing import Job, compute, compute_parts
 from embedkit.extraction.devices import compute_on_devices
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
-from embedkit.sources import Entry, Listing, content_sha256, list_files, list_images
+from embedkit.sources import Entry, Listing, content_sha256, list_images, list_memory
 from embedkit.store import Inventory, Run, Store
 from embedkit.store.format import is_layer_name
 
@@ -34,7 +34,7 @@ log = logging.getLogger("embedkit")
 
 
 def extract(
-    images: str | os.PathLike[str] | Listing | Iterable[str | os.PathLike[str]],
+    images: Any,
     output: str | os.PathLike[str],
     backbone: Backbone | str,
     *,
@@ -65,10 +65,10 @@ def extract(
 
     Parameters
     ----------
-    images : path-like, Listing, or iterable of path-likes
+    images : path-like, Listing, sequence, mapping, dataset or iterator
         A source of `list_images`, mostly a folder, which is searched recursively: when no image lies in the folder
-        itself, the first folder below it is each image's class. Or what `list_images` returned. Or image files one by
-        one: ids are then relative to the deepest folder that holds them all, and there are no classes.
+        itself, the first folder below it is each image's class. Or what `list_images` returned. Or images that Python
+        has, from a list of paths or arrays to a torch dataset; see `embedkit.sources.list_memory`.
     output : path-like
         The store to make or update.
     backbone : Backbone or str
@@ -181,11 +181,11 @@ def extract(
     return Store.open(output)
 
 
-def listed(images: str | os.PathLike[str] | Listing | Iterable[str | os.PathLike[str]]) -> Listing:
+def listed(images: Any) -> Listing:
     """Return the listing of what `extract` takes."""
     if isinstance(images, Listing):
         return images
-    return list_images(images) if isinstance(images, str | os.PathLike) else list_files(images)
+    return list_images(images) if isinstance(images, str | os.PathLike) else list_memory(images)
 
 
 class _Settling:
@@ -346,9 +346,8 @@ def _information(listing: Listing, backbone: Backbone) -> dict[str, Any]:
 
 
 def _absolute(root: str | os.PathLike[str]) -> str:
-    """Return a path as the next run may find it, and a URL as it is."""
-    text = os.fspath(root)
-    return text if "://" in text else os.path.abspath(text)
+    """Return a path as the next run may find it, and the name of anything else as it is."""
+    return os.path.abspath(root) if isinstance(root, os.PathLike) else root
 
 
 _PACKAGES = ("embedkit", "timm", "torch", "torchvision", "pillow", "simplejpeg", "openvino", "numpy", "h5py")

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def serve() -> None:
     facts = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()}
     preprocessing = Preprocessing(**facts)
     module, _, name = orders["function"].partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = partial(getattr(importlib.import_module(module), name), max_pixels=int(orders["max_pixels"]))
     if preprocessing.decoder != DECODERS["exact"]:
         import torch  # Now, rather than in the time of the first image.
 

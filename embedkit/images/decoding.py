@@ -13,7 +13,6 @@ from PIL import Image
 from embedkit.errors import ImageError
 from embedkit.images.colours import from_array, note_transparency, to_rgb
 from embedkit.images.formats import MAX_PIXELS, check_size, open_image, reason_and_kind
-from embedkit.images.regions import Region
 from embedkit.images.truncation import mended
 
 # A file with more bytes than its pixels could have is none that is worth reading.
@@ -79,9 +78,8 @@ def read_image(
 
     Parameters
     ----------
-    source : path, bytes, Region, PIL image or array
+    source : path, bytes, PIL image or array
         An array has shape (h, w) or (h, w, c) with 1, 3 or 4 channels, and holds uint8, uint16, or floats in [0, 1].
-        What of a region lies outside of its image is left out.
     id : str, optional
         What an error calls the image; by default its path.
     exif : bool, default True
@@ -114,10 +112,6 @@ def read_image(
     """
     if isinstance(source, np.ndarray):
         return from_array(source, id or "array")
-    if isinstance(source, Region):
-        name = "image" if id is None else id
-        picture = read_image(source.data, id=name, exif=exif, icc=icc, truncated=truncated, max_pixels=max_pixels)
-        return _cut(picture, source.box, name)
     if isinstance(source, Image.Image):
         name = id or getattr(source, "filename", "") or "image"
         image = _decoded(source, name, exif, icc, max_pixels)
@@ -136,14 +130,6 @@ def read_image(
             return _read_data(whole, name, exif, icc, max_pixels)
         except ImageError:
             raise error from None
-
-
-def _cut(image: Image.Image, box: tuple[int, int, int, int], name: str) -> Image.Image:
-    left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(image.width, box[2]), min(image.height, box[3])
-    if left >= right or top >= bottom:
-        reason = f"the box {', '.join(map(str, box))} holds nothing of its {image.width} x {image.height} pixels"
-        raise ImageError(name, reason, "damaged")
-    return image.crop((left, top, right, bottom))
 
 
 def thumbnail(image: Image.Image, size: int) -> bytes:

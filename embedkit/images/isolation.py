@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import FAILURE_KINDS, EmbedkitError, ImageError
-from embedkit.images.decoding import read_bytes
+from embedkit.images.decoding import BYTES_A_PIXEL, read_bytes
+from embedkit.images.formats import MAX_PIXELS
 from embedkit.images.regions import Region
 from embedkit.spec import Preprocessing
 
@@ -57,6 +58,8 @@ class Isolated:
         What the crops are made for.
     seconds : float, default 30
         How long an image may take.
+    max_pixels : int, default 178956970
+        As for `read_crop`.
     memory_bytes : int, default 4 GiB
         How much memory an image may take, where the system keeps such a limit: Linux does.
     function : str, default "embedkit.images.pixels:read_crop"
@@ -82,13 +85,14 @@ class Isolated:
         preprocessing: Preprocessing,
         *,
         seconds: float = 30.0,
+        max_pixels: int = MAX_PIXELS,
         memory_bytes: int = 4 << 30,
         function: str = "embedkit.images.pixels:read_crop",
     ) -> None:
-        self.preprocessing, self.seconds = preprocessing, seconds
+        self.preprocessing, self.seconds, self._max_bytes = preprocessing, seconds, BYTES_A_PIXEL * max_pixels
         self._orders = {
             "function": function, "preprocessing": asdict(preprocessing), "seconds": seconds,
-            "memory_bytes": memory_bytes,
+            "memory_bytes": memory_bytes, "max_pixels": max_pixels,
         }  # fmt: skip
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
@@ -126,7 +130,7 @@ class Isolated:
         """
         if isinstance(source, str | os.PathLike):
             id = os.fspath(source) if id is None else id
-            source = read_bytes(source, id)
+            source = read_bytes(source, id, self._max_bytes)
         name, request, child = "image" if id is None else id, _request(source), self._borrow()
         if child.answered:
             try:

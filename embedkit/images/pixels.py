@@ -15,6 +15,7 @@ from embedkit.errors import ImageError
 from embedkit.images import jpeg
 from embedkit.images.decoding import BYTES_A_PIXEL, read_bytes, read_image, upright
 from embedkit.images.formats import MAX_PIXELS
+from embedkit.images.regions import Region
 from embedkit.spec import Preprocessing
 
 INTERPOLATIONS = {
@@ -53,7 +54,7 @@ def read_crop(
     Parameters
     ----------
     source : path, bytes, Region, PIL image or array
-        As for `read_image`.
+        As for `read_image`. A region's box may reach beyond the image, and is cut off there.
     preprocessing : Preprocessing
         Its `decoder` says how: see `DECODERS`.
     id : str, optional
@@ -71,7 +72,8 @@ def read_crop(
     Raises
     ------
     ImageError
-        When it cannot be read, or is so long and thin that its resized form would not fit into memory.
+        When it cannot be read, its box lies outside of it, or its resized form would not fit into memory, as those of
+        long and thin images do not.
     """
     if isinstance(source, str | os.PathLike):
         id = os.fspath(source) if id is None else id
@@ -80,11 +82,12 @@ def read_crop(
         found = _jpeg_crop(source, preprocessing, max_pixels, resizer) if isinstance(source, bytes) else None
         if found is not None:
             return found
+        whole, box = source if isinstance(source, Region) else (source, None)
         image = read_image(
-            source, id=id, exif=preprocessing.exif, icc=preprocessing.icc, truncated=preprocessing.truncated,
+            whole, id=id, exif=preprocessing.exif, icc=preprocessing.icc, truncated=preprocessing.truncated,
             max_pixels=max_pixels,
         )  # fmt: skip
-        return crop(image, preprocessing)
+        return crop(image if box is None else _part(image, box), preprocessing)
     except ImageError as error:  # The crop knows pixels only, not whose they are.
         raise (error if id is None or error.id == id else ImageError(id, error.reason, error.kind)) from None
 
@@ -126,6 +129,14 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     else:
         pixels = np.asarray(image.resize((size[1], size[0]), INTERPOLATIONS[preprocessing.interpolation]))
     return _centred(pixels, preprocessing)
+
+
+def _part(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height)
+    if left >= right or top >= bottom:
+        reason = f"its box {box} lies outside of its {image.width} x {image.height} pixels"
+        raise ImageError("image", reason, "unsupported")
+    return image.crop((left, top, right, bottom))
 
 
 def _jpeg_crop(

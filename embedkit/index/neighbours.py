@@ -210,7 +210,7 @@ def image_path(store: Store, id: str) -> Path | None:
         name, _, rest = id.partition("/")
         root = Path(sources[name]) if is_path(sources.get(name)) else None
     try:
-        return None if root is None else inside(root, rest)
+        return inside(root, rest) if root is not None and root.is_absolute() else None
     except ImageError:
         return None
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from embedkit import ImageError, Preprocessing
 from embedkit.backbones import import_timm
-from embedkit.images import CROP_MODES, INTERPOLATIONS, crop, read_image
+from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS, Region, crop, read_crop, read_image
 
 TARGETS = [(224, 224), (96, 96), (160, 224), (31, 17)]
 SIZES = [(320, 240), (239, 321), (224, 224), (256, 256), (50, 40), (40, 300), (1, 77), (97, 1)]  # width, height
@@ -75,3 +76,21 @@ def test_a_line_of_pixels_still_has_a_crop(crop_mode: str) -> None:
 def test_an_image_that_would_not_fit_into_memory_is_refused() -> None:
     with pytest.raises(ImageError, match="too long and thin: 1 x 60000 pixels would become 256 x 15360000"):
         crop(Image.new("RGB", (1, 60000)), Preprocessing())
+
+
+def test_a_region_is_embedded_as_an_image_of_its_own_in_upright_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = noise(300, 200)
+    for kind in ("PNG", "JPEG"):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, exif=exif)
+        upright = read_image(buffer.getvalue())
+        assert upright.size == (200, 300)
+        for name in DECODERS:
+            preprocessing = Preprocessing((32, 32), decoder=DECODERS[name])
+            for box, inside in (((10, 20, 90, 280), (10, 20, 90, 280)), ((-50, 250, 70, 999), (0, 250, 70, 300))):
+                found = read_crop(Region(buffer.getvalue(), box), preprocessing)
+                np.testing.assert_array_equal(found, crop(upright.crop(inside), preprocessing))
+            with pytest.raises(ImageError, match="^x: the box 200, 0, 210, 9 holds nothing of its 200 x 300"):
+                read_crop(Region(buffer.getvalue(), (200, 0, 210, 9)), preprocessing, id="x")

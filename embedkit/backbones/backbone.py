@@ -451,7 +451,8 @@ class Backbone:
     def _width(self, pool: str) -> tuple[int, int]:
         """Return the width of a row, and how many tokens it holds when it is not pooled."""
         if pool not in self._widths:
-            dim = self._eager([pool])([self._blank()])[0].shape[1]
+            blank = np.zeros((*self._pixels.img_size, 3), dtype=np.uint8)
+            dim = self._eager([pool])([blank])[0].shape[1]
             module, colon, kind = pool.rpartition(":")
             self._widths[pool] = dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
         return self._widths[pool]
@@ -481,9 +482,6 @@ class Backbone:
         """Return crops of noise, the same every time, for when there is nothing else to try an engine on."""
         shape = (count, *self._pixels.img_size, 3)
         return list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-
-    def _blank(self) -> npt.NDArray[np.uint8]:
-        return np.zeros((*self._pixels.img_size, 3), dtype=np.uint8)
 
 
 def _is_pil(value: object) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedkit.sources.archives import list_archive
+from embedkit.sources.archives.listing import list_archive
 
 PICTURE_BYTES = 10 << 20
 

@@ -32,7 +32,7 @@ from embedkit.extraction.devices import _Desk
 from embedkit.sources import Listing
 from embedkit.sources.entries import Entries
 from embedkit.sources.folders import list_folder
-from embedkit.sources.videos import list_video
+from embedkit.sources.videos.listing import list_video
 
 TWO = ("cpu", "cpu")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes are found in /proc")

@@ -23,7 +23,7 @@ import pytest
 import embedkit as ek
 from embedkit import ImageError
 from embedkit.sources import Listing, content_sha256, descriptors, list_folder, spools
-from embedkit.sources.archives import find_entry, list_archive
+from embedkit.sources.archives.listing import find_entry, list_archive
 
 
 def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:

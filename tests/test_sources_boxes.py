@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from embedkit.sources.boxes import Box, fragment, read_box
+from embedkit.sources.tables.boxes import Box, fragment, read_box
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from embedkit import ImageError
 from embedkit.images import read_image
-from embedkit.sources.datasets import is_dataset_folder, list_dataset, parse_dataset
+from embedkit.sources.datasets.listing import is_dataset_folder, list_dataset, parse_dataset
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
 PLAIN = datasets.Features(image={"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
@@ -354,7 +354,7 @@ def test_what_is_no_name_is_not_sent_anywhere(name: str) -> None:
 
 
 def test_an_unreachable_hub_is_told_at_once() -> None:
-    code = "from embedkit.sources.datasets import list_dataset; list_dataset('org/things')"
+    code = "from embedkit.sources.datasets.listing import list_dataset; list_dataset('org/things')"
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "org/things: no such folder, and the hub cannot be reached (ConnectError); HF_HUB_OFFLINE=1" in told.stderr

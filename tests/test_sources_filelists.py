@@ -178,12 +178,12 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.truncate(1 << 40)  # A terabyte of nothing.
     (image,) = list_files([path]).files
-    with pytest.raises(ImageError, match="1,099,511,627,776 bytes are more than 536,870,910") as caught:
+    with pytest.raises(ImageError, match="1,099,511,627,776 bytes are more than the limit of 536,870,910") as caught:
         image.read()
     assert caught.value.kind == "too-large"
     small = write(tmp_path / "small.jpg", b"12345")
     assert list_files([small], max_bytes=5).files[0].read() == b"12345"
-    with pytest.raises(ImageError, match="5 bytes are more than 4"):
+    with pytest.raises(ImageError, match="5 bytes are more than the limit of 4"):
         list_named(write(tmp_path / "list", os.fsencode(small)), max_bytes=4).files[0].read()
 
 

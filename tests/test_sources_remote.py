@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from embedkit import ImageError
-from embedkit.sources.remote import Patience, list_remote, open_remote
-from embedkit.sources.transfers import public_url
+from embedkit.sources.remote.listing import Patience, list_remote, open_remote
+from embedkit.sources.remote.transfers import public_url
 
 fsspec = pytest.importorskip("fsspec", reason="the extra `remote` is not installed")
 pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")

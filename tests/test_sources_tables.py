@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from embedkit import ImageError, MissingExtraError
-from embedkit.sources.tables import open_table, text_of
+from embedkit.sources.tables.rows import open_table, text_of
 
 
 def table(tmp_path: Path, name: str, content: bytes | str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from embedkit import ImageError
 from embedkit.sources import Listing
-from embedkit.sources.archives import list_archive
+from embedkit.sources.archives.listing import list_archive
 from embedkit.sources.entries import require_inside
 
 Members = dict[str, bytes]

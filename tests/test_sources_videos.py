@@ -18,7 +18,7 @@ import pytest
 
 from embedkit import ImageError
 from embedkit.sources import decoders
-from embedkit.sources.videos import VIDEO_SUFFIXES, VideoFrame, list_video, list_videos
+from embedkit.sources.videos.listing import VIDEO_SUFFIXES, VideoFrame, list_video, list_videos
 
 av = pytest.importorskip("av")
 

@@ -11,7 +11,7 @@ import pytest
 
 from embedkit import ImageError
 from embedkit.sources import Listing
-from embedkit.sources.archives import list_archive
+from embedkit.sources.archives.listing import list_archive
 
 DATA = bytes(range(256)) * 40
 

@@ -20,11 +20,12 @@ from embedkit.backbones.choosing import Choice, built, choose
 from embedkit.backbones.engines import Engine
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
 from embedkit.backbones.network import Network, whole_size
-from embedkit.backbones.nvjpeg import DeviceDecoder, nvjpeg_decoder
+from embedkit.backbones.nvjpeg import nvjpeg_decoder
 from embedkit.backbones.pooling import whole_name
+from embedkit.backbones.reading import Reader
 from embedkit.backbones.streaming import embed_many, with_threads
 from embedkit.errors import BackboneError
-from embedkit.images import MAX_PIXELS, Isolated, read_crop
+from embedkit.images import MAX_PIXELS
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
 
@@ -41,15 +42,11 @@ class Backbone:
         The arguments of `Backbone.load` that make this backbone again; a store keeps them.
     device : torch.device
         Where the network runs.
-    max_pixels : int
-        The most pixels that an image may have.
     """
 
     spec: EmbeddingSpec
     recipe: dict[str, Any]
     device: torch.device
-    max_pixels: int
-    _isolated: Isolated | None
 
     def __init__(self) -> None:
         raise TypeError("load a backbone with Backbone.load(model)")
@@ -146,9 +143,8 @@ class Backbone:
         backbone.device = given.usable_device(device)
         backbone._model = network.eval().requires_grad_(False)
         preprocessing = given.preprocessing_of(network, overrides, decode, exif=exif, icc=icc, truncated=truncated)
-        backbone.max_pixels = max_pixels
-        backbone._isolated = None
-        backbone._resizer = nvjpeg_decoder(backbone.device, preprocessing) if decode == "gpu" else None
+        resizer = nvjpeg_decoder(backbone.device, preprocessing) if decode == "gpu" else None
+        backbone._reader = Reader(whole_size(preprocessing, views), max_pixels, resizer)
         pool = whole_name(network, pool)
         backbone._set_up(preprocessing, pool, source, precision, tuple(views))
         where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
@@ -167,6 +163,7 @@ class Backbone:
         *,
         model: str | os.PathLike[str] | None = None,
         device: str = "auto",
+        max_pixels: int = MAX_PIXELS,
     ) -> Backbone:
         """Load the backbone that a store was made with, and prove that it is the same one.
 
@@ -178,7 +175,7 @@ class Backbone:
             The store's ``recipe``. It may come from a stranger: only `spec` is believed.
         model : str or path-like, optional
             Where the weights are now, when they have moved since.
-        device : str, default "auto"
+        device, max_pixels
             As for `load`.
 
         Returns
@@ -197,14 +194,14 @@ class Backbone:
         known = inspect.signature(cls.load).parameters.keys() - {"device", "max_pixels"}
         arguments = given.reload_arguments(spec, recipe, known, None if model is None else os.fspath(model))
         try:
-            backbone = cls.load(**arguments, device=device)
+            backbone = cls.load(**arguments, device=device, max_pixels=max_pixels)
         except BackboneError as error:
             raise BackboneError(f"{error}\nIf the weights have moved, say where they are with -m MODEL") from error
         spec.require_same(backbone.spec, f"{arguments['model']} is not the backbone that made the store")
         return backbone
 
     _model: nn.Module
-    _resizer: DeviceDecoder | None
+    _reader: Reader
 
     def _set_up(
         self, preprocessing: Preprocessing, pool: str, source: Source, precision: str, views: tuple[str, ...]
@@ -214,8 +211,7 @@ class Backbone:
         self._model = self._model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         config = getattr(self._model, "pretrained_cfg", {})
         self._pool, self._precision, self._views, self.preprocessing = pool, precision, views, preprocessing
-        self._pixels = whole_size(preprocessing, views)
-        if "five-crop" in views and self._pixels.img_size == preprocessing.img_size:
+        if "five-crop" in views and self._reader.preprocessing.img_size == preprocessing.img_size:
             raise BackboneError("five-crop needs a crop smaller than the image: --crop-pct below 1, such as 0.875")
         self._networks: dict[tuple[str, ...], Network] = {}
         self._widths: dict[str, tuple[int, int]] = {}
@@ -311,25 +307,23 @@ class Backbone:
         ImageError
             When it cannot be read.
         """
-        if self._isolated is not None:
-            return self._isolated(source, id=id)
-        return read_crop(source, self._pixels, id=id, max_pixels=self.max_pixels, resizer=self._resizer)
+        return self._reader(source, id)
+
+    @property
+    def max_pixels(self) -> int:
+        """The most pixels that an image may have."""
+        return self._reader.max_pixels
 
     @property
     def time_limit(self) -> float | None:
         """How many seconds an image may take to decode; None without a limit, when it is not `isolated`."""
-        return None if self._isolated is None else self._isolated.seconds
+        return None if self._reader.isolated is None else self._reader.isolated.seconds
 
     @contextmanager
     def isolated(self, seconds: float = 30.0) -> Iterator[Backbone]:
         """Return this backbone as one that decodes in child processes, which end with the context.
 
-        A decoder that hangs or crashes then costs one image, of the kind "timeout".
-
-        Parameters
-        ----------
-        seconds : float, default 30
-            How long an image may take.
+        A decoder that takes longer than `seconds`, or crashes, then costs one image, of the kind "timeout".
 
         Raises
         ------
@@ -341,11 +335,9 @@ class Backbone:
         >>> with backbone.isolated(seconds=10) as careful:  # doctest: +SKIP
         ...     store = ek.extract("photos/", "photos.h5", careful)
         """
-        if self._resizer is not None:
-            raise BackboneError('decode="gpu" cannot be isolated in processes of their own; use another way to decode')
-        with Isolated(self._pixels, seconds=seconds, max_pixels=self.max_pixels) as read:
+        with self._reader.elsewhere(seconds) as reader:
             other = copy.copy(self)
-            other._isolated = read
+            other._reader = reader
             yield other
 
     def embed_pixels(self, crops: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
@@ -451,7 +443,7 @@ class Backbone:
     def _width(self, pool: str) -> tuple[int, int]:
         """Return the width of a row, and how many tokens it holds when it is not pooled."""
         if pool not in self._widths:
-            blank = np.zeros((*self._pixels.img_size, 3), dtype=np.uint8)
+            blank = np.zeros((*self._reader.preprocessing.img_size, 3), dtype=np.uint8)
             dim = self._eager([pool])([blank])[0].shape[1]
             module, colon, kind = pool.rpartition(":")
             self._widths[pool] = dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
@@ -480,7 +472,7 @@ class Backbone:
 
     def noise(self, count: int) -> list[npt.NDArray[np.uint8]]:
         """Return crops of noise, the same every time, for when there is nothing else to try an engine on."""
-        shape = (count, *self._pixels.img_size, 3)
+        shape = (count, *self._reader.preprocessing.img_size, 3)
         return list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
 
 

@@ -27,8 +27,8 @@ import torch
 from embedkit.backbones import Backbone
 from embedkit.errors import BackboneError
 from embedkit.extraction.computing import Job, News, NumberedPart, compute_parts
-from embedkit.sources.decoders import Decoders
 from embedkit.sources.entries import Entries
+from embedkit.sources.videos.decoders import Decoders
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import PartWriter
 
@@ -333,8 +333,9 @@ def serve() -> None:
 
 
 def _job(assignment: Assignment) -> Job:
-    backbone = Backbone.reload(assignment.spec, assignment.recipe, device=assignment.device)
-    backbone.max_pixels = assignment.max_pixels
+    backbone = Backbone.reload(
+        assignment.spec, assignment.recipe, device=assignment.device, max_pixels=assignment.max_pixels
+    )
     if assignment.time_limit is not None:
         backbone = backbone.isolated(assignment.time_limit).__enter__()  # Until this process ends.
     choice = backbone.choose_engine(

@@ -6,12 +6,12 @@ from embedkit.sources.datasets import is_dataset_folder, list_dataset
 from embedkit.sources.entries import Entries, Entry, ImageFile, Listing, content_sha256, inside, status_of
 from embedkit.sources.filelists import list_files, list_named
 from embedkit.sources.folders import SUFFIXES, list_folder
-from embedkit.sources.manifests import list_manifest
 from embedkit.sources.memory import list_memory
 from embedkit.sources.opening import list_images
 from embedkit.sources.patterns import expand
 from embedkit.sources.remote import list_remote, open_remote
-from embedkit.sources.transfers import Patience, public_url
+from embedkit.sources.remote.transfers import Patience, public_url
+from embedkit.sources.tables import list_manifest
 from embedkit.sources.videos import VIDEO_SUFFIXES, list_video, list_videos
 
 __all__ = [

@@ -20,9 +20,12 @@ from embedkit.sources.entries import (
     have_folders,
 )
 
+# Those of raw files and drawings too: they are images to whoever has them, so each is named as a failure.
 SUFFIXES = (
-    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl",
-    ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".svgz", ".tga", ".tif", ".tiff", ".webp",
+    ".apng", ".arw", ".avif", ".avifs", ".bmp", ".cr2", ".cr3", ".cur", ".dds", ".dib", ".dng", ".gif", ".heic",
+    ".heics", ".heif", ".heifs", ".hif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg",
+    ".jpf", ".jpg", ".jpx", ".jxl", ".mpo", ".nef", ".orf", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm",
+    ".psd", ".qoi", ".raf", ".rw2", ".sgi", ".svg", ".svgz", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 
 

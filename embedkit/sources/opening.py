@@ -14,11 +14,9 @@ from embedkit.sources.datasets import is_dataset_folder, list_dataset, parse_dat
 from embedkit.sources.entries import Listing, have_folders
 from embedkit.sources.filelists import list_files, list_named
 from embedkit.sources.folders import SUFFIXES, find_files, is_called, list_folder
-from embedkit.sources.manifests import list_manifest
 from embedkit.sources.patterns import expand
-from embedkit.sources.remote import list_remote
-from embedkit.sources.tables import TABLES
-from embedkit.sources.transfers import is_remote
+from embedkit.sources.remote import is_remote, list_remote
+from embedkit.sources.tables import TABLES, list_manifest
 from embedkit.sources.videos import VIDEO_SUFFIXES, list_video, list_videos
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from embedkit.errors import ImageError, MissingExtraError
 from embedkit.images import MAX_BYTES, read_bytes
-from embedkit.sources.arrow_columns import ImageColumn, find_image_column, find_label_column, read_labels
+from embedkit.sources.datasets.arrow_columns import ImageColumn, find_image_column, find_label_column, read_labels
 from embedkit.sources.entries import GONE, Entries, Listing, by_bytes, classes_of, inside, require_inside, status_of
 from embedkit.sources.folders import find_files
 
@@ -172,7 +172,7 @@ def is_dataset_folder(path: str | os.PathLike[str]) -> bool:
 
     Examples
     --------
-    >>> from embedkit.sources.datasets import is_dataset_folder
+    >>> from embedkit.sources.datasets.listing import is_dataset_folder
     >>> is_dataset_folder(".")
     False
     """
@@ -188,7 +188,7 @@ def parse_dataset(source: str) -> tuple[str, str | None]:
 
     Examples
     --------
-    >>> from embedkit.sources.datasets import parse_dataset
+    >>> from embedkit.sources.datasets.listing import parse_dataset
     >>> parse_dataset("dataset:org/flowers"), parse_dataset("dataset:org/flowers:small")
     (('org/flowers', None), ('org/flowers', 'small'))
     """

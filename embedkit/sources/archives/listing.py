@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES
-from embedkit.sources.catalogues import Catalogue, Columns
-from embedkit.sources.descriptors import SharedFile, reason_of
+from embedkit.sources.archives.catalogues import Catalogue, Columns
+from embedkit.sources.archives.descriptors import SharedFile, reason_of
+from embedkit.sources.archives.members import Member, Place
+from embedkit.sources.archives.spools import is_compressed, unpack
+from embedkit.sources.archives.tars import BLOCK, begins_tar, walk_tar
+from embedkit.sources.archives.zips import is_zip, read_member, walk_zip
 from embedkit.sources.entries import Entries, Entry, Listing, by_bytes, have_folders
 from embedkit.sources.folders import SUFFIXES
-from embedkit.sources.members import Member, Place
-from embedkit.sources.spools import is_compressed, unpack
-from embedkit.sources.tars import BLOCK, begins_tar, walk_tar
-from embedkit.sources.zips import is_zip, read_member, walk_zip
 
 ARCHIVE_SUFFIXES = (
     ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tbz", ".tbz2", ".tgz", ".txz", ".tzst", ".zip",

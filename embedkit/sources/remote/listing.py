@@ -26,8 +26,8 @@ from embedkit.sources.entries import (
     require_inside,
 )
 from embedkit.sources.folders import SUFFIXES, is_called, list_folder
-from embedkit.sources.transfers import Patience, Place, connect, public_url, too_large
-from embedkit.sources.webpages import IndexWalk, WebFolder, split_image_url, web_folder
+from embedkit.sources.remote.transfers import Patience, Place, connect, public_url, too_large
+from embedkit.sources.remote.webpages import IndexWalk, WebFolder, split_image_url, web_folder
 
 # What places call the version of an object; two versions differ in one of these at least.
 _VERSION = (
@@ -126,7 +126,7 @@ def list_remote(
     Examples
     --------
     >>> import fsspec
-    >>> from embedkit.sources.remote import list_remote
+    >>> from embedkit.sources.remote.listing import list_remote
     >>> fsspec.filesystem("memory").pipe_file("/photos/cat/1.jpg", b"...")
     >>> [(image.id, image.label) for image in list_remote("memory://photos").files]
     [('cat/1.jpg', 'cat')]
@@ -285,7 +285,7 @@ def open_remote(
     Examples
     --------
     >>> import fsspec
-    >>> from embedkit.sources.remote import open_remote
+    >>> from embedkit.sources.remote.listing import open_remote
     >>> fsspec.filesystem("memory").pipe_file("/photos.tar", b"0123456789")
     >>> with open_remote("memory://photos.tar") as file:
     ...     file.seek(7), file.read()

@@ -170,7 +170,7 @@ def public_url(url: str) -> str:
 
     Examples
     --------
-    >>> from embedkit.sources.transfers import public_url
+    >>> from embedkit.sources.remote.transfers import public_url
     >>> public_url("https://ada:secret@example.org/photos/?signature=0123")
     'https://example.org/photos/'
     """
@@ -187,7 +187,7 @@ def is_remote(source: str) -> bool:
 
     Examples
     --------
-    >>> from embedkit.sources.transfers import is_remote
+    >>> from embedkit.sources.remote.transfers import is_remote
     >>> is_remote("s3://bucket/photos"), is_remote("photos"), is_remote("C:/photos")
     (True, False, False)
     """

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
-from embedkit.sources.decoders import Decoders, Video, import_av
 from embedkit.sources.entries import Entries, Listing, by_bytes, classes_of, first_folder, require_inside, status_of
+from embedkit.sources.videos.decoders import Decoders, Video, import_av
 
 # Without .ts, which is TypeScript more often than MPEG; a video that is named itself may be called anything.
 VIDEO_SUFFIXES = (
@@ -142,7 +142,7 @@ def list_video(path: str | os.PathLike[str], fps: float | str | Fraction = 1) ->
 
     Examples
     --------
-    >>> from embedkit.sources.videos import list_video
+    >>> from embedkit.sources.videos.listing import list_video
     >>> [frame.id for frame in list_video("clip.mp4", fps=2).files]  # doctest: +SKIP
     ['clip.mp4#t=0.0', 'clip.mp4#t=0.5', 'clip.mp4#t=1.0']
     """

@@ -45,7 +45,7 @@ def read_box(values: Sequence[Any], box_format: str) -> Box | None:
 
     Examples
     --------
-    >>> from embedkit.sources.boxes import read_box
+    >>> from embedkit.sources.tables.boxes import read_box
     >>> read_box(["[10, 20, 30.4, 40]"], "xyxy"), read_box([10, 20, 30, 40], "xywh")
     ((10, 20, 30, 40), (10, 20, 40, 60))
     """

@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from embedkit.errors import ImageError
 from embedkit.sources.entries import require_inside
-from embedkit.sources.transfers import Place, public_url, split_secrets
+from embedkit.sources.remote.transfers import Place, public_url, split_secrets
 
 # A server may make up links for ever.
 MAX_DEPTH = 64

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from embedkit.errors import ImageError
-from embedkit.sources.descriptors import SharedFile, reason_of
-from embedkit.sources.members import Member
-from embedkit.sources.tars import BLOCK, begins_tar
+from embedkit.sources.archives.descriptors import SharedFile, reason_of
+from embedkit.sources.archives.members import Member
+from embedkit.sources.archives.tars import BLOCK, begins_tar
 
 MOST_TIMES = 100
 FREE_BYTES = 256 << 20

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedkit.sources.descriptors import SharedFile
-from embedkit.sources.members import Member, Place, modified
+from embedkit.sources.archives.descriptors import SharedFile
+from embedkit.sources.archives.members import Member, Place, modified
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # What may lie before a member: long names, times, attributes.

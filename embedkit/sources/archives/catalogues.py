@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
+from embedkit.sources.archives.members import Member, Place
 from embedkit.sources.entries import by_bytes, classes_of, first_folder, have_folders, require_inside
 from embedkit.sources.folders import SUFFIXES, is_called
-from embedkit.sources.members import Member, Place
 from embedkit.text import printable
 
 MAX_LABEL_BYTES = 1024

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from embedkit.errors import ImageError
-from embedkit.sources.boxes import COLUMN_NAMES, CORNER_NAMES
-from embedkit.sources.tables import Table, wrong
+from embedkit.sources.tables.boxes import COLUMN_NAMES, CORNER_NAMES
+from embedkit.sources.tables.rows import Table, wrong
 
 # What columns are usually called, without case, spaces, dashes and underscores.
 USUAL_NAMES = {

@@ -59,7 +59,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     Examples
     --------
     >>> import tempfile, pathlib
-    >>> from embedkit.sources.tables import open_table
+    >>> from embedkit.sources.tables.rows import open_table
     >>> folder = tempfile.TemporaryDirectory()
     >>> file = pathlib.Path(folder.name) / "flowers.csv"
     >>> _ = file.write_text("path,label" + chr(10) + "1.jpg,rose")

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from embedkit.errors import ImageError
-from embedkit.sources.descriptors import SharedFile
-from embedkit.sources.members import Member, Place, modified
+from embedkit.sources.archives.descriptors import SharedFile
+from embedkit.sources.archives.members import Member, Place, modified
 
 _ENTRY = struct.Struct("<4sBBHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4s22xHH")

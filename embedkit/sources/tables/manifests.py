@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES, Region, read_bytes
-from embedkit.sources.boxes import BOX_FORMATS, Box, fragment, read_box
-from embedkit.sources.columns import Columns, choose_columns
 from embedkit.sources.entries import GONE, Entries, Listing, classes_of, require_inside, status_of
 from embedkit.sources.filelists import absolute, sorting_key
-from embedkit.sources.tables import Table, open_table, text_of, wrong
+from embedkit.sources.tables.boxes import BOX_FORMATS, Box, fragment, read_box
+from embedkit.sources.tables.columns import Columns, choose_columns
+from embedkit.sources.tables.rows import Table, open_table, text_of, wrong
 
 _MAX_NAME_BYTES = 4096  # Of an id or a class.
 _HOPELESS = 1000  # So many bad rows before the first good one are a mistake in the command.

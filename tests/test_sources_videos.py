@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from embedkit import ImageError
-from embedkit.sources import decoders
+from embedkit.sources.videos import decoders
 from embedkit.sources.videos.listing import VIDEO_SUFFIXES, VideoFrame, list_video, list_videos
 
 av = pytest.importorskip("av")

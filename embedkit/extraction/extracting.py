@@ -286,7 +286,8 @@ def _cpu_seconds() -> float:
 
 
 def _inventory(listing: Listing) -> Inventory:
-    status = np.array([file.status() for file in listing.files], dtype=np.int64).reshape(-1, 2)
+    numbers = (number for file in listing.files for number in file.status())
+    status = np.fromiter(numbers, dtype=np.int64, count=2 * len(listing.files)).reshape(-1, 2)
     codes = {name: code for code, name in enumerate(listing.classes)}
     labels = [-1 if file.label is None else codes[file.label] for file in listing.files]
     return Inventory(

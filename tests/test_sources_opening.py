@@ -1,0 +1,155 @@
+"""Every kind of source, by what it looks like."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import embedkit as ek
+from embedkit import Backbone, ImageError, list_images
+from embedkit.sources import Listing
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Path) -> Backbone:
+    return Backbone.load(tiny_backbone)
+
+
+def ids(listing: Listing) -> list[str]:
+    return [file.id for file in listing.files]
+
+
+def make_tar(root: Path, target: Path, mode: str = "w") -> Path:
+    with tarfile.open(target, mode) as archive:  # type: ignore[call-overload]
+        for path in sorted(root.rglob("*.*"), reverse=True):
+            archive.add(path, path.relative_to(root).as_posix())
+    return target
+
+
+def make_zip(root: Path, target: Path) -> Path:
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(root.rglob("*.*"), reverse=True):
+            archive.write(path, path.relative_to(root).as_posix())
+    return target
+
+
+def make_table(root: Path, target: Path) -> Path:
+    shutil.copytree(root, target.parent, dirs_exist_ok=True)
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label"])
+        for path in sorted(root.rglob("*.*"), reverse=True):
+            name = path.relative_to(root).as_posix()
+            writer.writerow([name, name.partition("/")[0]])
+    return target
+
+
+SOURCES: dict[str, Callable[[Path, Path], Path]] = {
+    "tar": lambda root, folder: make_tar(root, folder / "x.tar"),
+    "tgz": lambda root, folder: make_tar(root, folder / "x.tgz", "w:gz"),
+    "zip": lambda root, folder: make_zip(root, folder / "x.zip"),
+    "table": lambda root, folder: make_table(root, folder / "x.csv"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_store_does_not_depend_on_the_kind_of_source(
+    photos: Path, backbone: Backbone, tmp_path: Path, kind: str
+) -> None:
+    source = SOURCES[kind](photos, tmp_path)
+    expected = ek.extract(photos, tmp_path / "a.h5", backbone)
+    found = ek.extract(source, tmp_path / "b.h5", backbone)
+    assert found.content_id == expected.content_id and found.ids == expected.ids and found.failures == []
+    changes: list[object] = []
+    ek.extract(source, tmp_path / "b.h5", backbone, progress=lambda progress: changes.append(progress.changes))
+    assert changes[-1] == ek.store.Changes(unchanged=24)
+
+
+def test_shards_are_sources_of_their_own(photos: Path, tmp_path: Path) -> None:
+    for number, label in enumerate(("cat", "dog")):
+        make_tar(photos / label, tmp_path / f"part-{number:03}.tar")
+    listing = list_images(tmp_path / "part-{000..001}.tar")
+    assert ids(listing) == [
+        f"part-{number:03}/{file.name}"
+        for number, label in enumerate(("cat", "dog"))
+        for file in sorted((photos / label).iterdir())
+    ]
+    assert listing.sources == {f"part-00{number}": tmp_path / f"part-00{number}.tar" for number in range(2)}
+    one = list_images(tmp_path / "part-{000..000}.tar")
+    assert set(ids(one)) < set(ids(listing))  # Another shard may come, and changes no id.
+
+
+def test_a_list_of_files_stands_alone(photos: Path, tmp_path: Path) -> None:
+    names = sorted(photos.glob("cat/*"))
+    (tmp_path / "list").write_text("".join(f"{name}\n" for name in names))
+    assert ids(list_images(files_from=tmp_path / "list")) == [name.name for name in names]
+    with pytest.raises(ImageError, match="not both"):
+        list_images(photos, files_from=tmp_path / "list")
+    with pytest.raises(ImageError, match="none is named"):
+        list_images()
+
+
+def test_boxes_of_a_table_are_embedded_each(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    name = next(path.name for path in sorted(photos.glob("cat/*.jpg")))
+    with Image.open(photos / "cat" / name) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    height, width = pixels.shape[:2]
+    boxes = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
+    rows = "".join(f'{name},"[{box[0]}, {box[1]}, {box[2]}, {box[3]}]"\n' for box in boxes)
+    (tmp_path / "boxes.csv").write_text(f"path,box\n{rows}")
+    store = ek.extract(list_images(tmp_path / "boxes.csv", root=photos / "cat"), tmp_path / "s.h5", backbone)
+    assert store.ids == sorted(f"{name}#xywh={box[0]},{box[1]},{box[2] - box[0]},{box[3] - box[1]}" for box in boxes)
+    for box in boxes:
+        id = f"{name}#xywh={box[0]},{box[1]},{box[2] - box[0]},{box[3] - box[1]}"
+        part = np.ascontiguousarray(pixels[box[1] : box[3], box[0] : box[2]])
+        np.testing.assert_allclose(store.embeddings[store.index_of(id)], backbone.embed(part), atol=1e-5)
+    assert len(np.unique(store.content_sha256, axis=0)) == 2  # Two boxes of one file are no copies.
+
+
+def test_python_has_images_too(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    arrays = [np.full((70, 80, 3), shade, dtype=np.uint8) for shade in range(0, 250, 25)]
+    store = ek.extract(arrays, tmp_path / "a.h5", backbone)
+    assert store.ids == [f"{number:08}" for number in range(10)] and store.root is not None
+    np.testing.assert_allclose(store.embeddings[3], backbone.embed(arrays[3]), atol=1e-5)
+    named = ek.extract({"x/1": arrays[0], "x/2": arrays[5]}, tmp_path / "b.h5", backbone)
+    assert named.ids == ["x/1", "x/2"]
+    again = ek.extract(iter(arrays), tmp_path / "a.h5", backbone)
+    assert again.content_id == store.content_id
+
+
+def test_a_decoder_that_takes_too_long_costs_one_image(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
+    with backbone.isolated(seconds=60) as careful:
+        assert careful.time_limit == 60 and backbone.time_limit is None
+        found = ek.extract(photos, tmp_path / "a.h5", careful)
+    assert found.content_id == ek.extract(photos, tmp_path / "b.h5", backbone).content_id
+    with backbone.isolated(seconds=1e-9) as hasty, pytest.raises(ImageError, match="none of its 24 images") as caught:
+        ek.extract(photos, tmp_path / "c.h5", hasty)
+    assert caught.value.kind == "timeout"
+
+
+def test_a_video_needs_a_rate_and_a_folder_leaves_videos_out(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    with pytest.raises(ImageError, match="--fps 1") as caught:
+        list_images(tmp_path / "clip.mp4")
+    assert caught.value.kind == "unsupported"
+    shutil.copytree(photos, tmp_path / "p")
+    (tmp_path / "p" / "cat" / "clip.mp4").write_bytes(b"no video")
+    assert list_images(tmp_path / "p").failures == []
+    pytest.importorskip("av")
+    assert [failure.id for failure in list_images(tmp_path / "p", fps=1).failures] == ["cat/clip.mp4"]
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.tar", "missing.csv", "missing.zip", "notes.txt", "x.tar"])
+def test_a_source_that_is_none_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").write_text("no images")
+    (tmp_path / "x.tar").write_text("no archive")
+    with pytest.raises(ImageError, match=name):
+        list_images(tmp_path / name)

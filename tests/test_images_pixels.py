@@ -92,5 +92,5 @@ def test_a_region_is_embedded_as_an_image_of_its_own_in_upright_pixels() -> None
             for box, inside in (((10, 20, 90, 280), (10, 20, 90, 280)), ((-50, 250, 70, 999), (0, 250, 70, 300))):
                 found = read_crop(Region(buffer.getvalue(), box), preprocessing)
                 np.testing.assert_array_equal(found, crop(upright.crop(inside), preprocessing))
-            with pytest.raises(ImageError, match=r"^x: the box 200, 0, 210, 9 holds nothing of its 200 x 300"):
+            with pytest.raises(ImageError, match=r"^x: its box \(200, 0, 210, 9\) lies outside of its 200 x 300"):
                 read_crop(Region(buffer.getvalue(), (200, 0, 210, 9)), preprocessing, id="x")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from embedkit import Backbone, EmbeddingShapeError, EmbeddingSpec, ImageError, Index, SpecMismatchError, Store, extract
-from embedkit.index import search_page
+from embedkit.images import Region
+from embedkit.index import image_path, read_picture, search_page
 from embedkit.store import StoreWriter
 
 
@@ -117,8 +119,35 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(photos: Path, tmp_
     path.write_bytes(path.read_bytes().replace(b"!!/secret.png", b"../secret.png"))  # No writer writes such an id.
     store = Store.open(path)
     result = Index.build(store).search([0, 1], k=3)
-    page = search_page(result, [("first <b>", None), ("second", photos / "cat" / "1.jpg")])
+    page = search_page(result, [("first <b>", True), (str(photos / "cat" / "1.jpg"), False)])
     assert page.count("data:image/jpeg;base64,") == 2 + 1  # <script>.png twice and one query: not the secret
     assert "<script" not in page and "&lt;script&gt;.png" in page and "first &lt;b&gt;" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "@import" not in page and "url(" not in page
     assert page.count('class="missing"') == 1 + 2 * 2
+
+
+def test_pictures_are_found_again_in_archives_folders_and_boxes(photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(photos / "cat" / "1.jpg", "cat/1.jpg")
+    data, eye = (photos / "cat" / "1.jpg").read_bytes(), np.eye(1, 4, dtype=np.float32)
+    packed = vectors_store(tmp_path / "a.h5", eye, ["cat/1.jpg"], root=str(tmp_path / "x.tar"))
+    assert read_picture(packed, "cat/1.jpg") == data and image_path(packed, "cat/1.jpg") is None
+    with pytest.raises(ImageError, match=r"cat/2\.jpg: no such image in .*x\.tar"):
+        read_picture(packed, "cat/2.jpg")
+    boxed = vectors_store(tmp_path / "b.h5", eye, ["cat/1.jpg#xywh=1,2,30,40"], root=str(photos))
+    assert read_picture(boxed, boxed.ids[0]) == Region(data, (1, 2, 31, 42))
+    assert search_page(Index.build(boxed).search([0], k=1), [(boxed.ids[0], True)]).count("data:image/jpeg") == 2
+    for id in ("cat/1.jpg#xywh=1,2,3", "cat/99.jpg#xywh=1,2,3,4", "../x#xywh=1,2,3,4", "/etc/passwd"):
+        with pytest.raises(ImageError):
+            read_picture(boxed, id)
+    named = tmp_path / "c.h5"
+    spec = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=4)
+    sources = {"a": str(photos), "b": str(tmp_path / "x.tar"), "c": 3}
+    with StoreWriter(named, spec, information={"root": "/", "sources": sources}) as writer:
+        writer.append(np.ones((3, 4), dtype=np.float32), ["a/cat/1.jpg", "b/cat/1.jpg", "c/cat/1.jpg"])
+        writer.finalise()
+    store = Store.open(named)
+    assert read_picture(store, "a/cat/1.jpg") == read_picture(store, "b/cat/1.jpg") == data
+    assert image_path(store, "a/cat/1.jpg") == photos / "cat" / "1.jpg" and image_path(store, "b/cat/1.jpg") is None
+    with pytest.raises(ImageError, match="no file is known"):
+        read_picture(store, "c/cat/1.jpg")

@@ -22,7 +22,8 @@ import pytest
 
 import embedkit as ek
 from embedkit import ImageError
-from embedkit.sources import Listing, content_sha256, descriptors, list_folder, spools
+from embedkit.sources import Listing, content_sha256, list_folder
+from embedkit.sources.archives import descriptors, spools
 from embedkit.sources.archives.listing import find_entry, list_archive
 
 

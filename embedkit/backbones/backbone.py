@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from embedkit.backbones import arguments as given
-from embedkit.backbones.choosing import Choice, built, choose
+from embedkit.backbones.choosing import Choice, choose
 from embedkit.backbones.engines import Engine
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
-from embedkit.backbones.network import Network, whole_size
+from embedkit.backbones.network import whole_size
 from embedkit.backbones.nvjpeg import nvjpeg_decoder
+from embedkit.backbones.passes import Passes, finite
 from embedkit.backbones.pooling import whole_name
 from embedkit.backbones.reading import Reader
-from embedkit.backbones.streaming import embed_many, with_threads
+from embedkit.backbones.streaming import embed_many, is_one_image, with_threads
 from embedkit.errors import BackboneError
 from embedkit.images import MAX_PIXELS
 from embedkit.spec import EmbeddingSpec, Preprocessing
@@ -141,12 +142,11 @@ class Backbone:
         overrides |= {"mean": mean, "std": std, "input_size": None if size is None else (3, *size)}
         backbone = cls.__new__(cls)
         backbone.device = given.usable_device(device)
-        backbone._model = network.eval().requires_grad_(False)
         preprocessing = given.preprocessing_of(network, overrides, decode, exif=exif, icc=icc, truncated=truncated)
         resizer = nvjpeg_decoder(backbone.device, preprocessing) if decode == "gpu" else None
         backbone._reader = Reader(whole_size(preprocessing, views), max_pixels, resizer)
         pool = whole_name(network, pool)
-        backbone._set_up(preprocessing, pool, source, precision, tuple(views))
+        backbone._set_up(network.eval().requires_grad_(False), preprocessing, pool, source, precision, tuple(views))
         where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
         backbone.recipe = given.without_defaults(
             model=where, arch=arch, arch_kwargs=dict(arch_kwargs or {}), img_size=size, crop_pct=crop_pct,
@@ -200,23 +200,23 @@ class Backbone:
         spec.require_same(backbone.spec, f"{arguments['model']} is not the backbone that made the store")
         return backbone
 
-    _model: nn.Module
     _reader: Reader
+    _passes: Passes
 
     def _set_up(
-        self, preprocessing: Preprocessing, pool: str, source: Source, precision: str, views: tuple[str, ...]
-    ) -> None:
-        sha256 = weights_sha256(self._model)
+        self, network: nn.Module, preprocessing: Preprocessing, pool: str, source: Source, precision: str,
+        views: tuple[str, ...],
+    ) -> None:  # fmt: skip
+        sha256 = weights_sha256(network)
         # Interleaved channels are how decoded pixels lie in memory, and the faster layout for convolutions.
-        self._model = self._model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        config = getattr(self._model, "pretrained_cfg", {})
-        self._pool, self._precision, self._views, self.preprocessing = pool, precision, views, preprocessing
-        if "five-crop" in views and self._reader.preprocessing.img_size == preprocessing.img_size:
+        network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        config = getattr(network, "pretrained_cfg", {})
+        self._pool, self.preprocessing, crop_size = pool, preprocessing, self._reader.preprocessing.img_size
+        if "five-crop" in views and crop_size == preprocessing.img_size:
             raise BackboneError("five-crop needs a crop smaller than the image: --crop-pct below 1, such as 0.875")
-        self._networks: dict[tuple[str, ...], Network] = {}
-        self._widths: dict[str, tuple[int, int]] = {}
+        self._passes = Passes(network, self.device, preprocessing, crop_size, views, precision)
         try:
-            dim, tokens = self._width(pool)
+            dim, tokens = self._passes.width(pool)
         except (RuntimeError, AssertionError) as error:
             raise BackboneError(
                 f"{source.arch} cannot embed {preprocessing.img_size[0]} x {preprocessing.img_size[1]} pixels: {error}"
@@ -283,7 +283,7 @@ class Backbone:
         >>> backbone.embed(["a.jpg", "b.jpg"]).shape  # doctest: +SKIP
         (2, 512)
         """
-        single = isinstance(images, str | bytes | os.PathLike) or _is_pil(images) or getattr(images, "ndim", 4) < 4
+        single = is_one_image(images)
         embeddings = embed_many(self, [images] if single else images, batch_size or self.batch_size, workers)
         return embeddings[0] if single else embeddings
 
@@ -367,7 +367,7 @@ class Backbone:
             When the network has no such layer, or returns infinities or NaN: its weights are damaged or of another
             model.
         """
-        return self.run(self._eager([self._pool, *layers]), crops, layers)
+        return self.run(self._passes.eager([self._pool, *layers]), crops, layers)
 
     def run(
         self, engine: Engine, crops: Sequence[npt.NDArray[np.uint8]], layers: Sequence[str]
@@ -376,12 +376,7 @@ class Backbone:
         names = ("", *layers)
         if not crops:
             return {name: np.empty((0, self.layer_spec(name).dim), dtype=np.float32) for name in names}
-        found = engine(crops)
-        if not all(np.isfinite(embeddings).all() for embeddings in found):
-            raise BackboneError(
-                f"{self.spec.backbone} returned infinities or NaN for real pixels; are these its weights, undamaged?"
-            )
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, finite(engine(crops), self.spec.backbone), strict=True))
 
     def choose_engine(
         self,
@@ -420,10 +415,10 @@ class Backbone:
         BackboneError
             When the network returns infinities or NaN, or a named engine cannot be had.
         """
-        network = self._network([self._pool, *layers])
+        network = self._passes.network([self._pool, *layers])
         size = batch_size or self.batch_size
         return with_threads(threads, lambda: choose(
-            network, crops, count, engine=engine, batch_size=size, precision=self._precision, workers=workers,
+            network, crops, count, engine=engine, batch_size=size, precision=self._passes.precision, workers=workers,
         ))  # fmt: skip
 
     def layer_spec(self, layer: str) -> EmbeddingSpec:
@@ -437,17 +432,8 @@ class Backbone:
         if not layer:
             return self.spec
         pool = self.whole_name(layer)
-        dim, tokens = self._width(pool)
+        dim, tokens = self._passes.width(pool)
         return replace(self.spec, pool=pool, dim=dim, tokens=tokens)
-
-    def _width(self, pool: str) -> tuple[int, int]:
-        """Return the width of a row, and how many tokens it holds when it is not pooled."""
-        if pool not in self._widths:
-            blank = np.zeros((*self._reader.preprocessing.img_size, 3), dtype=np.uint8)
-            dim = self._eager([pool])([blank])[0].shape[1]
-            module, colon, kind = pool.rpartition(":")
-            self._widths[pool] = dim, dim // self._width(f"{module}{colon}avg")[0] if kind == "none" else 0
-        return self._widths[pool]
 
     def whole_name(self, layer: str) -> str:
         """Return what a layer is called in full, such as ``blocks.8:avg`` for ``-4``.
@@ -457,25 +443,9 @@ class Backbone:
         BackboneError
             When the network has no such layer.
         """
-        return whole_name(self._model, layer)
-
-    def _network(self, pools: Sequence[str]) -> Network:
-        whole = tuple(self.whole_name(pool) for pool in pools)
-        if whole not in self._networks:
-            network = Network(self._model, self.preprocessing, whole, self._views)
-            self._networks[whole] = network.to(self.device).eval()
-        return self._networks[whole]
-
-    def _eager(self, pools: Sequence[str]) -> Engine:
-        """Return the engine that needs no choosing."""
-        return built(self._network(pools), "eager", 32, self._precision)
+        return whole_name(self._passes.model, layer)
 
     def noise(self, count: int) -> list[npt.NDArray[np.uint8]]:
         """Return crops of noise, the same every time, for when there is nothing else to try an engine on."""
         shape = (count, *self._reader.preprocessing.img_size, 3)
         return list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-
-
-def _is_pil(value: object) -> bool:
-    # By name: this room does not import Pillow.
-    return any(kind.__module__.startswith("PIL.") for kind in type(value).__mro__)

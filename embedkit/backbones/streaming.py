@@ -236,6 +236,13 @@ def embed_many(backbone: Backbone, items: Any, batch_size: int, workers: int | N
     return np.concatenate(parts)
 
 
+def is_one_image(images: object) -> bool:
+    """Return whether something is an image, and not several."""
+    # PIL images by name: this room does not import Pillow.
+    pil = any(kind.__module__.startswith("PIL.") for kind in type(images).__mro__)
+    return pil or isinstance(images, str | bytes | os.PathLike) or getattr(images, "ndim", 4) < 4
+
+
 def _run_by(backbone: Backbone, engine: Engine, crops: Sequence[Pixels]) -> npt.NDArray[np.float32]:
     return backbone.run(engine, crops, ())[""]
 

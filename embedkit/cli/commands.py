@@ -69,7 +69,7 @@ def search(
     similarity, exactly.
     """
     from embedkit.backbones import Backbone
-    from embedkit.index import Index, image_path, search_page
+    from embedkit.index import Index, search_page
     from embedkit.store import Store
 
     if not queries and not ids:
@@ -79,8 +79,7 @@ def search(
         index.backbone = Backbone.reload(index.store.spec, index.store.recipe, model=model, device=device)
     rows = [printing.row_of(index.store, id) for id in ids]
     result = index.search([*queries, *rows], k)
-    named: list[tuple[str, Path | None]] = [(os.fspath(query), query) for query in queries]
-    named += [(id, image_path(index.store, id)) for id in ids]
+    named = [(os.fspath(query), False) for query in queries] + [(id, True) for id in ids]
     printing.search_result(result, [name for name, _ in named], as_json=as_json, plain=plain)
     if page is not None:
         page.write_text(search_page(result, named), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Nearest neighbours over a store; the only room that uses FAISS."""
 
-from embedkit.index.neighbours import Hit, Index, SearchResult, image_path
+from embedkit.index.neighbours import Hit, Index, SearchResult
 from embedkit.index.page import search_page
+from embedkit.index.pictures import image_path, read_picture
 
-__all__ = ["Hit", "Index", "SearchResult", "image_path", "search_page"]
+__all__ = ["Hit", "Index", "SearchResult", "image_path", "read_picture", "search_page"]

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone
-from embedkit.errors import EmbeddingShapeError, ImageError, StoreFormatError
-from embedkit.sources import inside
+from embedkit.errors import EmbeddingShapeError, StoreFormatError
+from embedkit.index.pictures import image_path
 from embedkit.store import Store
-from embedkit.store.format import is_path
 
 
 @dataclass(frozen=True)
@@ -200,19 +199,6 @@ class Index:
         if not np.isfinite(vectors).all():
             raise EmbeddingShapeError("the query holds infinities or NaN; a cosine similarity needs finite numbers")
         return np.asarray(vectors, dtype=np.float32)
-
-
-def image_path(store: Store, id: str) -> Path | None:
-    """Return the file of an id, or None when the root is unknown or the id points out of it."""
-    root, rest = store.root, id
-    sources = store.information.get("sources")
-    if isinstance(sources, dict) and sources:  # Several, whose names the ids begin with.
-        name, _, rest = id.partition("/")
-        root = Path(sources[name]) if is_path(sources.get(name)) else None
-    try:
-        return inside(root, rest) if root is not None and root.is_absolute() else None
-    except ImageError:
-        return None
 
 
 def _is_image(query: object) -> bool:

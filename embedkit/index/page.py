@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from embedkit.errors import ImageError
-from embedkit.images import read_image, thumbnail
+from embedkit.images import Data, Region, read_bytes, read_image, thumbnail
 from embedkit.index.neighbours import Hit, SearchResult
+from embedkit.index.pictures import read_picture
+from embedkit.store import Store
 from embedkit.text import printable
 
 _STYLE = """
@@ -31,15 +32,15 @@ figcaption small { display: block; opacity: .7; }
 """
 
 
-def search_page(result: SearchResult, queries: Sequence[tuple[str, Path | None]], *, size: int = 224) -> str:
+def search_page(result: SearchResult, queries: Sequence[tuple[str, bool]], *, size: int = 224) -> str:
     """Return a page with each query's picture beside the pictures it found, with their scores.
 
     Parameters
     ----------
     result : SearchResult
         What `Index.search` returned for `queries`.
-    queries : sequence of (str, path or None)
-        What each query is called, and its file.
+    queries : sequence of (str, bool)
+        The path of each query, or its id and that it is a row of the store.
     size : int, default 224
         Longest side of a thumbnail, in pixels.
 
@@ -50,9 +51,10 @@ def search_page(result: SearchResult, queries: Sequence[tuple[str, Path | None]]
     """
     store = result.store
     sections = "".join(
-        f"<section><figure>{_picture(path, size)}<figcaption><b>query</b> {_text(name)}</figcaption></figure>"
-        f"<ol>{''.join(_hit(hit, size) for hit in result.hits(number))}</ol></section>\n"
-        for number, (name, path) in enumerate(queries)
+        f"<section><figure>{_query(store, name, is_row, size)}"
+        f"<figcaption><b>query</b> {_text(name)}</figcaption></figure>"
+        f"<ol>{''.join(_hit(store, hit, size) for hit in result.hits(number))}</ol></section>\n"
+        for number, (name, is_row) in enumerate(queries)
     )
     title = f"{len(queries)} {'query' if len(queries) == 1 else 'queries'} in {_text(store.path.name)}"
     facts = f"{len(store):,} images, {_text(store.spec.backbone)}, {store.dim} wide, cosine similarity, exact"
@@ -63,20 +65,26 @@ def search_page(result: SearchResult, queries: Sequence[tuple[str, Path | None]]
     )
 
 
-def _hit(hit: Hit, size: int) -> str:
+def _hit(store: Store, hit: Hit, size: int) -> str:
     label = f" {_text(hit.label)}" if hit.label is not None else ""
     caption = f"<b>{hit.score:.4f}</b>{label}<small>{_text(hit.id)}</small>"
-    return f"<li><figure>{_picture(hit.path, size)}<figcaption>{caption}</figcaption></figure></li>"
+    picture = _picture(lambda: read_picture(store, hit.id), size)
+    return f"<li><figure>{picture}<figcaption>{caption}</figcaption></figure></li>"
 
 
-def _picture(path: Path | None, size: int) -> str:
-    if path is None:
-        return '<div class="missing">no file is known</div>'
+def _query(store: Store, name: str, is_row: bool, size: int) -> str:
+    return _picture(lambda: read_picture(store, name) if is_row else read_bytes(name), size)
+
+
+def _picture(read: Callable[[], Data], size: int) -> str:
     try:
-        data = base64.b64encode(thumbnail(read_image(path), size)).decode()
+        data = read()
+        whole, box = data if isinstance(data, Region) else (data, None)
+        image = read_image(whole)
+        data64 = base64.b64encode(thumbnail(image if box is None else image.crop(box), size)).decode()
     except ImageError as error:
         return f'<div class="missing">{_text(error.reason)}</div>'
-    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="" src="data:image/jpeg;base64,{data64}">'
 
 
 def _text(text: str) -> str:

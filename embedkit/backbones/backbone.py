@@ -447,5 +447,4 @@ class Backbone:
 
     def noise(self, count: int) -> list[npt.NDArray[np.uint8]]:
         """Return crops of noise, the same every time, for when there is nothing else to try an engine on."""
-        shape = (count, *self._reader.preprocessing.img_size, 3)
-        return list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        return list(np.random.default_rng(0).integers(0, 256, (count, *self._passes.crop_size, 3), dtype=np.uint8))

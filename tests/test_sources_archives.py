@@ -22,8 +22,8 @@ import pytest
 
 import embedkit as ek
 from embedkit import ImageError
-from embedkit.sources import Listing, content_sha256, list_folder
-from embedkit.sources.archives import descriptors, spools
+from embedkit.sources import Listing, content_sha256, list_folder, temporaries
+from embedkit.sources.archives import descriptors
 from embedkit.sources.archives.listing import find_entry, list_archive
 
 
@@ -218,7 +218,7 @@ def test_a_bomb_is_stopped_and_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ImageError, match="unpacks to more than 10,000,000 bytes") as caught:
         list_archive(path, max_unpacked_bytes=10_000_000)
     assert caught.value.kind == "too-large"
-    monkeypatch.setattr(spools, "FREE_BYTES", 1 << 62)
+    monkeypatch.setattr(temporaries, "FREE_BYTES", 1 << 62)
     assert "TMPDIR names another folder" in refusal(path).reason
     del caught
     gc.collect()

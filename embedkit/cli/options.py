@@ -172,7 +172,9 @@ _SOURCE_OPTIONS = [
         "--columns", type=_KeyValue(), multiple=True, callback=lambda ctx, param, value: dict(value) or None,
         metavar="ROLE=NAME", help="Column of a table for path, id, label, split or box; may be repeated.",
     ),
-    click.option("--root", type=FILE, help="Folder that the paths in a table are relative to.  [default: the table's]"),
+    click.option(
+        "--root", metavar="FOLDER", help="Folder or URL that all paths in a table are below.  [default: the table's]"
+    ),
     click.option("--split", metavar="NAME", help="Take the rows of this split of a table or a dataset."),
     click.option(
         "--box-format", type=click.Choice(["xyxy", "xywh"]),

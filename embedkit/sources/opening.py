@@ -15,7 +15,7 @@ from embedkit.sources.entries import Listing, have_folders
 from embedkit.sources.filelists import list_files, list_named
 from embedkit.sources.folders import SUFFIXES, find_files, is_called, list_folder
 from embedkit.sources.patterns import expand
-from embedkit.sources.remote import is_remote, list_remote
+from embedkit.sources.remote import is_remote, list_remote, public_url
 from embedkit.sources.tables import TABLES, list_manifest
 from embedkit.sources.videos import VIDEO_SUFFIXES, list_video, list_videos
 
@@ -58,10 +58,10 @@ def list_images(
     Parameters
     ----------
     *sources : path-like
-        Folders; tar and zip archives; tables (.csv, .tsv, .jsonl, .parquet) with a row for each image; URLs that fsspec
-        knows, such as ``s3://bucket/photos``; Hugging Face datasets, as a folder that ``save_to_disk`` wrote or as
-        ``dataset:NAME``; videos, with `fps`. ``shards/{000..099}.tar`` stands for a hundred sources. Or image files
-        one by one.
+        Folders; tar and zip archives; tables (.csv, .tsv, .jsonl, .parquet) with a row for each image; URLs of all of
+        these that fsspec knows, such as ``s3://bucket/photos`` and ``https://host/photos.tar``; Hugging Face datasets,
+        as a folder that ``save_to_disk`` wrote or as ``dataset:NAME``; videos, with `fps`. ``shards/{000..099}.tar``
+        stands for a hundred sources. Or image files one by one.
     files_from : path-like, optional
         A file that names images, one a line or with NUL between them, instead of sources; ``-`` is standard input.
     columns, root, split, box_format
@@ -114,18 +114,19 @@ def _listed(source: str, how: _How) -> Listing:
     if source.startswith("dataset:"):
         name, config = parse_dataset(source)
         return list_dataset(name, split=how.split, config=config, max_bytes=how.max_bytes)
-    if is_remote(source):
+    called = public_url(source) if is_remote(source) else source
+    if is_remote(source) and not is_called(called, (*ARCHIVE_SUFFIXES, *TABLES)):
         return list_remote(source, max_bytes=how.max_bytes)
     if is_dataset_folder(source):
         return list_dataset(source, split=how.split, max_bytes=how.max_bytes)
     if os.path.isdir(source):
         return _folder(source, how)
-    if is_called(source, TABLES):
+    if is_called(called, TABLES):
         return list_manifest(
             source, root=how.root, columns=how.columns, split=how.split, box_format=how.box_format,
             follow_links=how.follow_links, max_bytes=how.max_bytes,
         )  # fmt: skip
-    if is_called(source, ARCHIVE_SUFFIXES):
+    if is_called(called, ARCHIVE_SUFFIXES):
         return list_archive(source, max_bytes=how.max_bytes)
     if is_called(source, VIDEO_SUFFIXES):
         if how.fps is None:

@@ -35,7 +35,7 @@ class SharedFile:
     Attributes
     ----------
     path : str
-        Absolute, so that it is found again from another working folder.
+        Absolute, so that it is found again from another working folder; of a file without a name, what it is called.
     size : int
         In bytes.
 
@@ -46,8 +46,8 @@ class SharedFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], descriptor: int | None = None) -> None:
-        self.path = os.path.abspath(os.fspath(path))
         self._named = descriptor is None
+        self.path = os.path.abspath(os.fspath(path)) if self._named else os.fspath(path)
         self._handle = None if descriptor is None else _Handle(descriptor)
         try:
             # Looked at before it is opened: opening a pipe waits for somebody who writes to it.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES
@@ -19,10 +21,16 @@ from embedkit.sources.archives.tars import BLOCK, begins_tar, walk_tar
 from embedkit.sources.archives.zips import is_zip, read_member, walk_zip
 from embedkit.sources.entries import Entries, Entry, Listing, by_bytes, have_folders
 from embedkit.sources.folders import SUFFIXES
+from embedkit.sources.remote.downloads import download
+from embedkit.sources.remote.ranges import RangedFile, Readable, ReadAhead, open_ranged
+from embedkit.sources.remote.transfers import is_remote, local_path, public_url
 
 ARCHIVE_SUFFIXES = (
     ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tbz", ".tbz2", ".tgz", ".txz", ".tzst", ".zip",
 )  # fmt: skip
+
+log = logging.getLogger("embedkit")
+
 _OTHERS = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "RAR", b"\x04\x22\x4d\x18": "LZ4", b"\x1f\x9d": "compress"}
 
 
@@ -30,7 +38,7 @@ _OTHERS = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "RAR", b"\x04\x22\x4d\x18": "LZ
 class _Archive(Entries):
     """Images in an archive."""
 
-    file: SharedFile
+    file: Readable
     is_zip: bool
     columns: Columns
     shaped: bool
@@ -58,6 +66,10 @@ class _Image(NamedTuple):
             return _reader(self.archive.file, self.archive.is_zip)(self.archive.columns.place(self.number), self.id)
         except OSError as error:
             raise ImageError(self.id, *reason_of(error)) from error
+        except ImageError as error:
+            if error.id == self.id:
+                raise
+            raise ImageError(self.id, error.reason, error.kind) from error  # The archive's own, under its URL.
 
 
 def list_archive(
@@ -68,6 +80,9 @@ def list_archive(
     Its first bytes tell what kind of archive it is, not its name. A tar archive's headers are read through once; of a
     zip archive, its directory. A compressed tar archive has no places to read from, so it is first unpacked whole into
     a temporary file, which has no name and goes with the listing; ``TMPDIR`` says where.
+
+    Of an archive behind a URL, parts are asked for as they are needed, and nothing is kept. Only when its server gives
+    whole files alone it is downloaded first, into such a temporary file.
 
     Names decide which members are images, as in a folder: see `SUFFIXES`. Hidden members and ``__MACOSX`` are left out.
     When no image lies at the top, an image's class is its first folder. Where images have members beside them that end
@@ -80,7 +95,7 @@ def list_archive(
     Parameters
     ----------
     path : path-like
-        The archive.
+        The archive, or its URL.
     max_bytes : int, default 3 * 178_956_970
         What an image may have; a larger one is a failure.
     max_unpacked_bytes : int, optional
@@ -109,25 +124,28 @@ def list_archive(
     [('cat/1.jpg', 'cat', b'...')]
     >>> folder.cleanup()
     """
-    file = SharedFile(path)
-    name = os.path.basename(file.path)
+    source = local_path(os.fspath(path))
+    shown = public_url(source) if is_remote(source) else source
+    file = _located(source)
+    ahead: Readable = ReadAhead(file) if isinstance(file, RangedFile) else file
     try:
-        file, zipped, problems = _opened(file, os.fspath(path), max_unpacked_bytes)
-        catalogue = Catalogue(name, _reader(file, zipped), max_bytes)
+        walked, zipped, problems = _opened(ahead, shown, max_unpacked_bytes)
+        file = file if walked is ahead else walked
+        catalogue = Catalogue(os.path.basename(file.path), _reader(walked, zipped), max_bytes)
         for problem in problems:
             catalogue.take(problem)
-        _take_all(catalogue, lambda: walk_zip(file) if zipped else walk_tar(file))
+        _take_all(catalogue, lambda: walk_zip(walked) if zipped else walk_tar(walked))
     except OSError as error:
-        raise ImageError(os.fspath(path), *reason_of(error)) from error
+        raise ImageError(shown, *reason_of(error)) from error
     columns = catalogue.columns()
     failures = catalogue.failures
     if not columns.ids and not catalogue.has_images:
         if failures:
-            raise ImageError(os.fspath(path), failures[0].reason, failures[0].kind)
+            raise ImageError(shown, failures[0].reason, failures[0].kind)
         reason = f"no images in it ({catalogue.ignored:,} other files); images are called {' '.join(SUFFIXES)}"
-        raise ImageError(os.fspath(path), reason, "missing")
+        raise ImageError(shown, reason, "missing")
     files = _Archive(file, zipped, columns, shaped=have_folders(columns.ids))
-    return Listing(Path(path), files, columns.classes(), failures, catalogue.ignored)
+    return Listing(shown if is_remote(source) else Path(source), files, columns.classes(), failures, catalogue.ignored)
 
 
 def find_entry(listing: Listing, id: str) -> Entry:
@@ -151,7 +169,19 @@ def find_entry(listing: Listing, id: str) -> Entry:
     return listing.files[at]
 
 
-def _opened(file: SharedFile, path: str, most_bytes: int | None) -> tuple[SharedFile, bool, list[Member]]:
+def _located(source: str) -> Readable:
+    """Open an archive where it is, or download it where it cannot be read at places."""
+    if not is_remote(source):
+        return SharedFile(source)
+    if file := open_ranged(source):
+        return file
+    with tempfile.TemporaryFile(buffering=0) as whole:
+        log.info("%s: its server gives whole files only", public_url(source))
+        download(source, cast(BinaryIO, whole))
+        return SharedFile(public_url(source), os.dup(whole.fileno()))
+
+
+def _opened(file: Readable, path: str, most_bytes: int | None) -> tuple[Readable, bool, list[Member]]:
     """Return the archive to read, whether it is a zip archive, and what was wrong with unpacking it."""
     called = path.lower()
     if is_zip(file) or called.endswith(".zip"):
@@ -179,14 +209,14 @@ def _take_all(catalogue: Catalogue, walk: Callable[[], Iterator[Member]]) -> Non
         catalogue.take(Member.fault(b"", *reason_of(error)))
 
 
-def _reader(file: SharedFile, zipped: bool) -> Callable[[Place, str], bytes]:
+def _reader(file: Readable, zipped: bool) -> Callable[[Place, str], bytes]:
     """Return what reads a member."""
     if zipped:
         return lambda place, id: read_member(file, place, id)
     return lambda place, id: _read_plainly(file, place, id)
 
 
-def _read_plainly(file: SharedFile, place: Place, id: str) -> bytes:
+def _read_plainly(file: Readable, place: Place, id: str) -> bytes:
     data = file.read_at(place.offset, place.size)
     if len(data) < place.size:
         raise ImageError(id, f"{len(data):,} of its {place.size:,} bytes are there", "truncated")

@@ -7,7 +7,6 @@ import importlib
 import logging
 import lzma
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,13 +16,13 @@ from embedkit.errors import ImageError
 from embedkit.sources.archives.descriptors import SharedFile, reason_of
 from embedkit.sources.archives.members import Member
 from embedkit.sources.archives.tars import BLOCK, begins_tar
+from embedkit.sources.remote.ranges import Readable
+from embedkit.sources.temporaries import LOOK_EVERY, MOST_UNKNOWN, require_room
 
 MOST_TIMES = 100
-FREE_BYTES = 256 << 20
 
 _PIECE = 1 << 20
 _MOST_MEMORY = 512 << 20  # An xz file may ask for four gigabytes.
-_ALWAYS = 1 << 30
 
 log = logging.getLogger("embedkit")
 
@@ -83,19 +82,20 @@ _DECOMPRESSORS: dict[bytes, Callable[[], _Decompressor]] = {
 }
 
 
-def is_compressed(file: SharedFile) -> bool:
+def is_compressed(file: Readable) -> bool:
     """Return whether a file begins like one of the compressed formats that are unpacked."""
     return file.read_at(0, 8).startswith(tuple(_DECOMPRESSORS))
 
 
-def unpack(file: SharedFile, *, most_bytes: int | None = None) -> tuple[SharedFile, Member | None]:
+def unpack(file: Readable, *, most_bytes: int | None = None) -> tuple[SharedFile, Member | None]:
     """Return what a compressed file holds as a temporary file, and what was wrong with it if it was cut short.
 
     The file lies where temporary files do (``TMPDIR``), has no name, and goes with the object.
 
     Parameters
     ----------
-    file : SharedFile
+    file : Readable
+        The archive; it is read once, from its beginning to its end.
     most_bytes : int, optional
         What it may unpack to; by default a gigabyte and a hundred times its size.
 
@@ -104,7 +104,7 @@ def unpack(file: SharedFile, *, most_bytes: int | None = None) -> tuple[SharedFi
     ImageError
         When it unpacks to more, or to more than there is room for.
     """
-    most = _ALWAYS + MOST_TIMES * file.size if most_bytes is None else most_bytes
+    most = MOST_UNKNOWN + MOST_TIMES * file.size if most_bytes is None else most_bytes
     folder = tempfile.gettempdir()
     name = os.path.basename(file.path)
     magic, make = next((magic, make) for magic, make in _DECOMPRESSORS.items() if file.read_at(0, 8).startswith(magic))
@@ -125,8 +125,8 @@ def unpack(file: SharedFile, *, most_bytes: int | None = None) -> tuple[SharedFi
                 if written + len(piece) > most:
                     reason = f"unpacks to more than {most:,} bytes; if it is no trap, unpack it yourself"
                     raise ImageError(file.path, reason, "too-large")
-                if written >> 26 != (written + len(piece)) >> 26 or not written:
-                    _require_room(file, folder, len(piece))
+                if written // LOOK_EVERY != (written + len(piece)) // LOOK_EVERY or not written:
+                    require_room(file.path, len(piece), "unpack")
                 spool.write(piece)
                 written += len(piece)
         except _BrokenError as error:
@@ -138,7 +138,7 @@ def unpack(file: SharedFile, *, most_bytes: int | None = None) -> tuple[SharedFi
         return SharedFile(file.path, os.dup(spool.fileno())), problem
 
 
-def _pieces(file: SharedFile, magic: bytes, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
+def _pieces(file: Readable, magic: bytes, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
     """Yield what a file holds; it may be several compressed ones in a row, with zeros or garbage after them."""
     offset, waiting = 0, b""
     while True:
@@ -161,10 +161,3 @@ def _pieces(file: SharedFile, magic: bytes, make: Callable[[], _Decompressor]) -
             waiting = (waiting + piece).lstrip(b"\0")
         if not waiting.startswith(magic):
             return
-
-
-def _require_room(file: SharedFile, folder: str, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < FREE_BYTES + size:
-        reason = f"no room to unpack it in {folder} ({free:,} bytes free); TMPDIR names another folder"
-        raise ImageError(file.path, reason, "unreadable")

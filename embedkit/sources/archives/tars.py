@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedkit.sources.archives.descriptors import SharedFile
 from embedkit.sources.archives.members import Member, Place, modified
+from embedkit.sources.remote.ranges import Readable
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # What may lie before a member: long names, times, attributes.
@@ -43,7 +43,7 @@ def begins_tar(block: bytes) -> bool:
     return len(block) == BLOCK and (not block.strip(b"\0") or _header(block) is not None)
 
 
-def walk_tar(file: SharedFile) -> Iterator[Member]:
+def walk_tar(file: Readable) -> Iterator[Member]:
     """Yield the members of a tar archive in their order; what is wrong with the archive itself has no name.
 
     A damaged header is left out, and the next one that is whole is looked for. Archives that were joined with ``cat``
@@ -198,7 +198,7 @@ def _nanoseconds(text: bytes) -> int | None:
     return -time if found[1] else time
 
 
-def _after_sparse_map(file: SharedFile, offset: int, block: bytes) -> int:
+def _after_sparse_map(file: Readable, offset: int, block: bytes) -> int:
     """Return where the data of a sparse member begin: after its map, which may go on for many blocks."""
     more, offset = block[482], offset + BLOCK
     while more:
@@ -208,7 +208,7 @@ def _after_sparse_map(file: SharedFile, offset: int, block: bytes) -> int:
     return offset
 
 
-def _after_zeros(file: SharedFile, offset: int) -> int:
+def _after_zeros(file: Readable, offset: int) -> int:
     """Return where the first block lies that is not all zeros."""
     size = 8 * BLOCK
     while piece := file.read_at(offset, size):
@@ -219,7 +219,7 @@ def _after_zeros(file: SharedFile, offset: int) -> int:
     return file.size
 
 
-def _next_header(file: SharedFile, offset: int) -> int:
+def _next_header(file: Readable, offset: int) -> int:
     """Return where the next whole header lies, or the end."""
     size = 8 * BLOCK
     while len(piece := file.read_at(offset, size)) >= BLOCK:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,14 +26,9 @@ from embedkit.sources.entries import (
 )
 from embedkit.sources.folders import SUFFIXES, is_called, list_folder
 from embedkit.sources.remote.transfers import Patience, Place, connect, public_url, too_large
+from embedkit.sources.remote.versions import stamp_of
 from embedkit.sources.remote.webpages import IndexWalk, WebFolder, split_image_url, web_folder
 
-# What places call the version of an object; two versions differ in one of these at least.
-_VERSION = (
-    "ETag", "etag", "e_tag", "LastModified", "last_modified", "Last-Modified", "mtime", "updated", "modified",
-    "created", "modificationTime", "timeModified", "generation", "md5Hash", "crc32c", "content_md5", "Content-MD5",
-    "Digest", "checksum", "blob_id", "oid", "sha", "VersionId",
-)  # fmt: skip
 _ASKED_AT_ONCE = 16
 _BLOCK = 1 << 20
 
@@ -240,7 +234,7 @@ def _images(
             continue
         ids.append(id)
         sizes.append(max(size, 0))
-        stamps.append(_stamp(info))
+        stamps.append(stamp_of(info))
     return _RemoteImages(
         place,
         root,
@@ -250,14 +244,6 @@ def _images(
         have_folders(ids),
         max_bytes,
     )
-
-
-def _stamp(info: Mapping[str, Any]) -> int:
-    """Return a number that stands for the version of an object, or 0 where its place says nothing of versions."""
-    version = [f"{name}={info[name]}" for name in _VERSION if info.get(name) is not None]
-    if not version:
-        return 0
-    return int.from_bytes(hashlib.sha256("\n".join(version).encode()).digest()[:8], "big") >> 1
 
 
 def open_remote(

@@ -155,6 +155,22 @@ def _web_options(patience: Patience) -> dict[str, Any]:
     return {"encoded": True, "client_kwargs": {"timeout": timeout}}
 
 
+def local_path(source: str) -> str:
+    """Return the path that a ``file:`` URL stands for, and any other source as it is.
+
+    A file of this machine is opened as such, whose links and kinds are looked at.
+
+    Examples
+    --------
+    >>> from embedkit.sources.remote.transfers import local_path
+    >>> local_path("s3://bucket/photos.tar")
+    's3://bucket/photos.tar'
+    """
+    if source.partition("://")[0].lower() not in ("file", "local"):
+        return source
+    return connect(source, Patience(), None)[1]
+
+
 def public_url(url: str) -> str:
     """Return a URL without what may be secret in it: the user, the password, and the query of a signed one.
 

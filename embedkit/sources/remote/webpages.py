@@ -126,6 +126,15 @@ def _path_below(page: str, link: str) -> str:
     return path[len(here.path) :] if path.startswith(here.path) else ""
 
 
+def path_within(folder: WebFolder, path: str) -> str | None:
+    """Return what a percent-encoded path has below a folder, as an id; nothing when it lies elsewhere."""
+    encoded = _encoded(path)
+    below = encoded.removeprefix(folder.path)
+    if not encoded.startswith(folder.path) or _decoded(below).count("/") != below.count("/"):
+        return None
+    return _decoded(below)
+
+
 def _decoded(path: str) -> str:
     """Return a percent-encoded path as an id; bytes that are not UTF-8 are kept as in the names of files."""
     return unquote(path, errors="surrogateescape")

@@ -17,6 +17,8 @@ USUAL_NAMES = {
     "label": ("label", "class", "category", "target", "classname", "labelname", "categoryname", "species"),
     "split": ("split", "set", "subset", "partition"),
 }
+# Of tables of images on the web, in which other columns may name files, too.
+_URL_NAMES = ("url", "imageurl", "uri")
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
@@ -62,6 +64,8 @@ def choose_columns(table: Table, named: Mapping[str, str], box_format: str | Non
             f"columns can be named for path, id, label, split and box, not for {', '.join(sorted(unknown))}"
         )
     path = _named(table, named, "path")
+    if path is None and "path" not in named:
+        path = next((name for name in table.columns if _plain(name) in _URL_NAMES), None)
     if path is None:
         raise _missing(table, "path")
     part = _named(table, named, "split") if split else None

@@ -3,96 +3,66 @@
 from __future__ import annotations
 
 import os
-import posixpath
-import re
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
-from embedkit.images import MAX_BYTES, Region, read_bytes
-from embedkit.sources.entries import GONE, Entries, Listing, classes_of, require_inside, status_of
-from embedkit.sources.filelists import absolute, sorting_key
+from embedkit.images import MAX_BYTES
+from embedkit.sources.entries import Entries, Entry, Listing, classes_of
+from embedkit.sources.filelists import sorting_key
+from embedkit.sources.remote.transfers import is_remote, local_path
 from embedkit.sources.tables.boxes import BOX_FORMATS, Box, fragment, read_box
 from embedkit.sources.tables.columns import Columns, choose_columns
+from embedkit.sources.tables.links import downloaded, folder_url, open_root
+from embedkit.sources.tables.roots import BadRowError, FolderRoot, Root, check_text, checked_id, cut
 from embedkit.sources.tables.rows import Table, open_table, text_of, wrong
 
-_MAX_NAME_BYTES = 4096  # Of an id or a class.
 _HOPELESS = 1000  # So many bad rows before the first good one are a mistake in the command.
-# What is not a plain path below a root, character by character; one search settles the usual case.
-_ODD = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\0\\:]|[^\x00-\x7f]")
-
-
-class ListedImage(NamedTuple):
-    """An image, or a part of one, that a row of a manifest names."""
-
-    id: str
-    path: str
-    label: str | None = None
-    box: Box | None = None
-    within: str | None = None  # Where links must not lead out of.
-    max_bytes: int = MAX_BYTES
-
-    def status(self) -> tuple[int, int]:
-        """Return size and modification time; of a file that is gone, what no file has."""
-        size, mtime_ns = status_of(self.path)
-        if self.box is None or (size, mtime_ns) == GONE:
-            return size, mtime_ns
-        # Another box under the same id is another image, and must not pass for the one that was read.
-        return size, mtime_ns ^ zlib.crc32(fragment(self.box).encode())
-
-    def read(self) -> bytes | Region:
-        """Return the bytes of the file, and the box if there is one."""
-        path = self.path
-        if self.within is not None:
-            path = os.path.realpath(path)
-            if not path.startswith(self.within):
-                reason = f"a symbolic link out of the folder, to {path}; --follow-links follows it"
-                raise ImageError(self.id, reason, "refused")
-        try:
-            data = read_bytes(path, self.id, self.max_bytes)
-        except ImageError as error:
-            if error.kind == "missing" and os.sep == "/" and "\\" in path:
-                raise ImageError(self.id, "the file is missing; here folders end with /, not \\", "missing") from error
-            raise
-        return data if self.box is None else Region(data, self.box)
 
 
 @dataclass(frozen=True)
 class _Rows(Entries):
     """The images of a manifest, in columns."""
 
-    root: str
-    within: str | None
+    root: Root
     ids: list[str]
     paths: list[str] | None  # Where the ids do not say them.
     codes: npt.NDArray[np.int32] | None
     classes: list[str]
     boxes: npt.NDArray[np.int32] | None  # Empty ones where a row has none.
-    max_bytes: int
+    looks: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def entry(self, number: int) -> ListedImage:
-        id, box = self.ids[number], None
-        if self.boxes is not None:
-            left, top, right, bottom = self.boxes[number].tolist()
-            box = (left, top, right, bottom) if right > left else None
-        path = id if self.paths is None else self.paths[number]
-        if self.paths is None and box is not None:
-            path = id.removesuffix(fragment(box))
+    def entry(self, number: int) -> Entry:
         code = -1 if self.codes is None else self.codes[number]
         label = None if code < 0 else self.classes[code]
-        return ListedImage(id, os.path.join(self.root, path), label, box, self.within, self.max_bytes)
+        look = None if self.looks is None else (int(self.looks[number, 0]), int(self.looks[number, 1]))
+        return self.root.image(self.ids[number], self.path(number), label, self.box(number), look)
+
+    def path(self, number: int) -> str:
+        """Return the path of a row below the root."""
+        if self.paths is not None:
+            return self.paths[number]
+        id, box = self.ids[number], self.box(number)
+        return id if box is None else id.removesuffix(fragment(box))
+
+    def box(self, number: int) -> Box | None:
+        """Return the box of a row that has one."""
+        if self.boxes is None:
+            return None
+        left, top, right, bottom = self.boxes[number].tolist()
+        return (left, top, right, bottom) if right > left else None
 
 
 def list_manifest(
@@ -114,9 +84,10 @@ def list_manifest(
     Parameters
     ----------
     path : path-like
-        The manifest: ``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson`` or ``.parquet``.
+        The manifest: ``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson`` or ``.parquet``; or its URL.
     root : path-like, optional
-        The folder that paths are relative to and lie below; by default the manifest's own.
+        The folder, or the URL, that paths are relative to and lie below; by default the manifest's own. Below a URL,
+        rows may name whole URLs, too. No row makes this machine ask another server.
     columns : mapping of str to str, optional
         The columns of ``path``, ``id``, ``label``, ``split`` and ``box``, as far as they are to be named. A box may
         have four: ``{"box": "x0,y0,x1,y1"}``. An empty name means that there is no such column.
@@ -155,38 +126,45 @@ def list_manifest(
     """
     if box_format not in (None, *BOX_FORMATS):
         raise ValueError(f"box_format is one of {', '.join(BOX_FORMATS)}, got {box_format!r}")
-    folder = Path(path).parent if root is None else Path(root)
+    source = local_path(os.fspath(path))
+    place = _root(source, None if root is None else local_path(os.fspath(root)), follow_links, max_bytes)
+    with downloaded(source) if is_remote(source) else nullcontext(Path(source)) as file:
+        table = open_table(file)
+        found = choose_columns(table, columns or {}, box_format, split=split is not None)
+        return _Reading(table, found, place, split).listing()
+
+
+def _root(source: str, root: str | None, follow_links: bool, max_bytes: int) -> Root:
+    """Return where the images of a manifest lie."""
+    if root is None and is_remote(source):
+        root = folder_url(source)
+    if root is not None and is_remote(root):
+        return open_root(root, max_bytes)
+    folder = Path(source).parent if root is None else Path(root)
     if not folder.is_dir() and root is not None:
         reason, kind = ("is a file", "not-an-image") if folder.exists() else ("no such folder", "missing")
         raise ImageError(os.fspath(folder), f"{reason}; the root of a manifest is the folder of its images", kind)
-    table = open_table(path)
-    found = choose_columns(table, columns or {}, box_format, split=split is not None)
-    return _Reading(table, found, folder, split).listing(follow_links, max_bytes)
-
-
-class _Bad(Exception):
-    """A row that cannot be used: why, and of what kind."""
+    return FolderRoot(folder, follow_links, max_bytes)
 
 
 class _Reading:
     """Reads a table into columns; each of a million rows takes little more than its path."""
 
-    def __init__(self, table: Table, columns: Columns, folder: Path, split: str | None) -> None:
-        self.table, self.columns, self.folder, self.split = table, columns, folder, split
+    def __init__(self, table: Table, columns: Columns, root: Root, split: str | None) -> None:
+        self.table, self.columns, self.root, self.split = table, columns, root, split
         self.ids: list[str] = []
         self.paths: list[str] = []
         self.lines, self.codes, self.boxes = array("q"), array("i"), array("i")
         self.classes: dict[str, int] = {}
         self.splits: Counter[str | None] = Counter()
         self.failures: list[ImageError] = []
-        self._roots = {os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.realpath(folder), "")}
 
-    def listing(self, follow_links: bool, max_bytes: int) -> Listing:
+    def listing(self) -> Listing:
         """Read all rows."""
         for line, values in self.table.rows(self.columns.names):
             try:
                 self._add(line, values)
-            except _Bad as bad:
+            except BadRowError as bad:
                 self._fail(line, *bad.args)
         self._require_rows()
         order = self._order()
@@ -195,16 +173,15 @@ class _Reading:
         ranks = np.array([rank[name] for name in self.classes] + [-1], dtype=np.int32)  # The last one is that of -1.
         take = order.tolist()
         files = _Rows(
-            os.fspath(self.folder),
-            None if follow_links else os.path.join(os.path.realpath(self.folder), ""),
+            self.root,
             [self.ids[k] for k in take],
             [self.paths[k] for k in take] if self.paths else None,
             ranks[np.frombuffer(self.codes, dtype=np.int32)[order]] if classes else None,
             classes,
             np.frombuffer(self.boxes, dtype=np.int32).reshape(-1, 4)[order] if self.columns.box else None,
-            max_bytes,
         )
-        return Listing(self.folder, files, classes, sorted(self.failures, key=lambda bad: os.fsencode(bad.id)), 0)
+        files = replace(files, looks=self.root.look(map(files.path, range(len(files)))))
+        return Listing(self.root.name, files, classes, sorted(self.failures, key=lambda bad: os.fsencode(bad.id)), 0)
 
     def _add(self, line: int, values: Sequence[Any]) -> None:
         columns = self.columns
@@ -215,17 +192,17 @@ class _Reading:
                 return
         named = self._text(line, "path", values[0])
         if named is None:
-            raise _Bad("it names no path", "missing")
-        path = self._relative(named)
+            raise BadRowError("it names no path", "missing")
+        path = self.root.relative(named)
         box = self._box(values) if columns.box else None
         label = None if columns.label is None else self._text(line, "label", values[columns.label])
         if label is not None and label not in self.classes:
-            _check_text(label, "class")
+            check_text(label, "class")
         if columns.id is None:
-            id = path if box is None else _checked_id(path + fragment(box))
+            id = path if box is None else checked_id(path + fragment(box))
         else:
             # The path itself may be the id, that of a box too.
-            id = _checked_id(self._text(line, "id", values[columns.id])) if columns.id else path
+            id = checked_id(self._text(line, "id", values[columns.id])) if columns.id else path
             self.paths.append(path)
         self.ids.append(id)
         self.lines.append(line)
@@ -250,31 +227,7 @@ class _Reading:
         try:
             return read_box([values[column] for column in self.columns.box], self.columns.box_format)
         except ValueError as error:
-            raise _Bad(str(error), "damaged") from error
-
-    def _relative(self, path: str) -> str:
-        """Return a path relative to the root, without detours."""
-        if not _ODD.search(path) and len(path) <= _MAX_NAME_BYTES:
-            return path
-        given, path = path, path.replace("\\", "/") if os.name == "nt" else path
-        if "://" in path:
-            raise _Bad(f"{_cut(given)} is a URL; a manifest names files below one folder", "refused")
-        if ".." in path.split("/"):
-            raise _Bad(
-                f"{_cut(given)} climbs with ..; write it relative to one folder, and name that: --root", "refused"
-            )
-        if os.path.isabs(path):
-            path = absolute(path)
-            root = next((root for root in self._roots if path.startswith(root)), None)
-            if root is None:
-                raise _Bad(
-                    f"{_cut(given)} is not below {self.folder}; name the folder that it is below: --root", "refused"
-                )
-            path = path[len(root) :].replace(os.sep, "/")
-        path = posixpath.normpath(path)
-        if path == ".":
-            raise _Bad(f"{_cut(given)} is a folder, not an image", "not-an-image")
-        return _checked_id(path)
+            raise BadRowError(str(error), "damaged") from error
 
     def _fail(self, line: int, reason: str, kind: str) -> None:
         self.failures.append(ImageError(f"{self.table.path.name}#{self.table.unit}={line}", reason, kind))
@@ -290,7 +243,7 @@ class _Reading:
             raise wrong(self.table.path, f"none of {count} rows names an image; the first: {first}", first.kind)
         if self.splits:
             found = ", ".join(
-                f"{'none' if name is None else _cut(name)} ({count:,} rows)"
+                f"{'none' if name is None else cut(name)} ({count:,} rows)"
                 for name, count in self.splits.most_common(10)
             )
             raise wrong(self.table.path, f"no rows of the split {self.split!r}; it has {found}", "empty")
@@ -315,28 +268,3 @@ class _Reading:
             column = self.columns.names[self.columns.id]
             reason = f"{where} have the same {column} {id!r}; name another column of ids, or none: --columns id="
         return wrong(self.table.path, reason, "refused")
-
-
-def _checked_id(id: str | None) -> str:
-    """Return an id that a store can hold and that leads nowhere else."""
-    if id is None:
-        raise _Bad("it has no id", "missing")
-    _check_text(id, "name")
-    try:
-        return require_inside(id)
-    except ImageError as error:
-        raise _Bad(f"{_cut(id)}: {error.reason}", error.kind) from error
-
-
-def _check_text(text: str, what: str) -> None:
-    """Make sure that a store can hold a text."""
-    try:
-        count = len(os.fsencode(text))
-    except UnicodeEncodeError as error:
-        raise _Bad(f"{_cut(text)} is no text that a {what} can have", "refused") from error
-    if count > _MAX_NAME_BYTES or "\0" in text:
-        raise _Bad(f"a {what} has at most {_MAX_NAME_BYTES:,} bytes and no NUL: {_cut(text)}", "refused")
-
-
-def _cut(text: str) -> str:
-    return repr(text) if len(text) <= 200 else f"{text[:200]!r}..."

@@ -153,7 +153,7 @@ def test_without_images_a_named_engine_is_built_and_not_tried() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_pixels_and_weights_stay_channels_last(tiny_backbone: Path, precision: str) -> None:
     backbone = Backbone.load(tiny_backbone, device="cpu", precision=precision)
-    engine = backbone._eager(["default"])
+    engine = backbone._passes.eager(["default"])
     layouts: list[bool] = []
 
     def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

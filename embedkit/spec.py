@@ -154,7 +154,8 @@ class EmbeddingSpec:
 
     def differences(self, other: EmbeddingSpec) -> dict[str, tuple[Any, Any]]:
         """Return ``{field: (own, other's)}`` for every field that differs."""
-        left, right = flat(self.to_dict()), flat(other.to_dict())
+        # With the fields that `to_dict` leaves out, whose values are what somebody chose all the same.
+        left, right = (flat(json.loads(canonical_json(dataclasses.asdict(spec)))) for spec in (self, other))
         names = sorted(left.keys() | right.keys())
         return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
 

@@ -133,7 +133,7 @@ def test_errors_are_one_message_without_a_traceback(
         ("missing.h5 does not exist", ["info", tmp_path / "missing.h5"]),
         ("no such folder", ["extract", tmp_path / "missing", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
         ("no images", ["extract", tmp_path / "empty", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
-        ("did you mean", ["extract", tmp_path, "-o", tmp_path / "s.h5", "-m", "resnet5O"]),
+        ("did you mean", ["extract", photos, "-o", tmp_path / "s.h5", "-m", "resnet5O"]),
         ("the file is missing", ["search", store, tmp_path / "missing.jpg"]),
         ("not an embedkit store", ["info", _foreign(tmp_path)]),
         ("no timm model matches", ["models", "nothing-like-it"]),
@@ -427,6 +427,28 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(
     run("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, code=3)
     size = (tmp_path / "s.h5").stat().st_size
     assert found["store_bytes"] < size < found["store_bytes"] + 100_000  # The rest is the file's own bookkeeping.
+
+
+def test_a_dry_run_looks_at_the_store(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(photos, root)
+    command = ("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone)
+    run(*command)
+    found = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert found["unchanged"] == 24 and found["seconds"] == found["sampled"] == found["deleted"] == 0
+    assert "nothing to compute" in run(*command, "--dry-run").stdout
+    (root / "cat" / "1.jpg").rename(root / "cat" / "first.jpg")
+    found = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert (found["unchanged"], found["deleted"], found["sampled"]) == (23, 1, 24) and found["seconds"] > 0
+    assert "preprocessing.exif" in run(*command, "--no-exif", "--dry-run", code=1).stderr
+    missing = run("extract", root, "-o", tmp_path / "no" / "s.h5", "-m", tiny_backbone, "--dry-run", code=1)
+    assert f"{tmp_path / 'no'}: no such folder for the store" in missing.stderr
+
+
+def test_a_name_that_is_misspelt_costs_no_backbone(tmp_path: Path) -> None:
+    result = run("extract", tmp_path / "fotos", "-o", tmp_path / "s.h5", "-m", "resnet50.a1_in1k", code=1)
+    assert "fotos" in result.stderr and "backbone" not in result.stderr
+    assert "--files-from" in run("extract", "-o", tmp_path / "s.h5", "-m", "resnet50.a1_in1k", code=2).stderr
 
 
 def test_on_error_fail_and_max_failures_end_a_run(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:

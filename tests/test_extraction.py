@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from embedkit.backbones import import_timm
 from embedkit.errors import FAILURE_KINDS
 from embedkit.extraction import Measured, Progress
 from embedkit.index import image_path
-from embedkit.sources import list_images
+from embedkit.sources import Listing, list_images
 from embedkit.store import Changes
 
 
@@ -311,3 +312,71 @@ def test_too_many_failures_end_a_run_and_keep_what_is_computed(
     assert len(store.failures) == 3 and progress[-1].changes.resumed > 0
     with pytest.raises(ImageError, match="3 of"):  # A finished store is judged again.
         extract(mixed, tmp_path / "s.h5", backbone, max_failures=2)
+
+
+class Odd(NamedTuple):
+    """An image that fails in ways in which none should."""
+
+    id: str
+    error: Exception | None = None
+    data: bytes = b""
+    label: str | None = None
+
+    def status(self) -> tuple[int, int]:
+        return len(self.data), 1
+
+    def read(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return self.data
+
+
+def test_whatever_a_source_raises_costs_one_image_and_is_tried_again(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data = (photos / "cat" / "1.jpg").read_bytes()
+    errors = [ValueError("embedded \udc80 null byte \ud800"), RecursionError(), KeyError("x"), MemoryError()]
+    odd = [Odd(f"{number}.jpg", error, data) for number, error in enumerate(errors)]
+    listing = Listing("odd", [*odd, Odd("good.jpg", None, data)], [], [], 0)
+    store = extract(listing, tmp_path / "s.h5", backbone)
+    assert store.ids == ["good.jpg"] and {failure.kind for failure in store.failures} == {"unreadable"}
+    assert "ValueError while it was read: embedded" in store.failures[0].error and store.verify() == []
+    passing = [ImageError("x", "the network is down", "unreadable"), ImageError("x", "no", "damaged")]
+    some = [Odd(f"{number}.jpg", error, data) for number, error in enumerate(passing)]
+    first = extract(Listing("net", [*some, Odd("9.jpg", None, data)], [], [], 0), tmp_path / "t.h5", backbone)
+    assert [failure.kind for failure in first.failures] == ["unreadable", "damaged"]
+    mended = [one._replace(error=None) for one in some]
+    second = extract(Listing("net", [*mended, Odd("9.jpg", None, data)], [], [], 0), tmp_path / "t.h5", backbone)
+    # What says nothing about the image is tried again unasked, and what does is not.
+    assert second.ids == ["0.jpg", "9.jpg"] and [failure.id for failure in second.failures] == ["1.jpg"]
+
+
+def test_ids_that_a_store_cannot_hold_are_failures_before_anything_is_computed(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    data = (photos / "cat" / "1.jpg").read_bytes()
+    names = ["../up.jpg", "a.jpg", "x" * 2000, "y\0.jpg"]
+    bad = ["../x.jpg", "/etc/x.jpg", "a.jpg", "a.jpg", "", "n\0", "z" * 5000, "lone\ud800", "..", "%2E%2E"]
+    listing = Listing(
+        "odd", [Odd(name, None, data) for name in names], [], [ImageError(id, "no", "refused") for id in bad], 0
+    )
+    store = extract(listing, tmp_path / "s.h5", backbone)
+    assert store.ids == ["a.jpg"] and store.verify() == []
+    found = [failure.id for failure in store.failures]
+    assert len(found) == len(set(found)) == len(bad) + 3 and "a.jpg" not in found
+    assert {"%2E%2E/up.jpg", "%2E%2E/x.jpg", "%2Fetc/x.jpg", "a.jpg#2", "a.jpg#3", "n%00", "%2E%2E#2"} <= set(found)
+    again = extract(listing, tmp_path / "s.h5", backbone)
+    assert again.content_id == store.content_id and [failure.id for failure in again.failures] == found
+    for files in ([Odd("b", None, data), Odd("a", None, data)], [Odd("a", None, data), Odd("a", None, data)]):
+        with pytest.raises(ImageError, match=r"not sorted|two images"):
+            extract(Listing("odd", files, [], [], 0), tmp_path / "t.h5", backbone)
+
+
+def test_dropping_most_of_a_store_is_said_aloud(
+    photos: Path, backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract(photos, tmp_path / "s.h5", backbone)
+    extract(list_images(photos, limit=20), tmp_path / "s.h5", backbone)
+    assert "are dropped" not in caplog.text
+    extract(list_images(photos, limit=5), tmp_path / "s.h5", backbone)
+    assert "15 of the store's 20 rows are dropped" in caplog.text

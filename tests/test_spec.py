@@ -70,3 +70,11 @@ def test_a_mismatch_names_the_fields_with_both_values_and_survives_pickling() ->
     assert "preprocessing.crop_pct: 0.875 != 1.0" in str(caught.value)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert copy.differences == expected and str(copy) == str(caught.value)
+
+
+def test_differences_show_what_was_chosen_where_the_other_spec_says_nothing() -> None:
+    plain = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=512)
+    padded = dataclasses.replace(plain, preprocessing=Preprocessing(truncated="pad", icc=True))
+    assert plain.differences(padded) == {
+        "preprocessing.truncated": ("fail", "pad"), "preprocessing.icc": (False, True),
+    }  # fmt: skip

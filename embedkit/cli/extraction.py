@@ -112,13 +112,16 @@ def extract(
     from embedkit.sources import list_images
 
     started = time.perf_counter()
+    if not images and choices["files_from"] is None:
+        raise click.UsageError("name what to embed: a folder, an archive, a table, a URL, or --files-from LIST")
     selection = source_arguments(choices)
+    # Before the backbone, which may be a long download for a name that is misspelt.
+    with printing.saying_when_long("listing the images", quiet):
+        listing = list_images(*images, **selection, max_bytes=BYTES_A_PIXEL * choices["max_pixels"])
     arguments, more = backbone_arguments(**choices)
     devices = device_names(device)
     backbone = Backbone.load(model, device=devices[0], **arguments)
     printing.notice(f"backbone: {backbone.description}", quiet)
-    with printing.saying_when_long("listing the images", quiet):
-        listing = list_images(*images, **selection, max_bytes=BYTES_A_PIXEL * backbone.max_pixels)
     layers = (*more, *layers)
     with backbone.isolated(time_limit) if isolate else nullcontext(backbone) as backbone:
         if dry_run:

@@ -41,7 +41,7 @@ class _Group(click.Group):
             error_lines(error)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("interrupted; a store appears only when it is whole, and what is computed is kept", err=True)
+            click.echo("interrupted", err=True)
             ctx.exit(130)
 
 

@@ -100,6 +100,7 @@ class CountBar:
                 maxinterval=interval, dynamic_ncols=True, smoothing=0.1, initial=done,
             )  # fmt: skip
         if done < self._bar.n:
+            self._bar.initial = 0
             self._bar.reset(total)  # The next of several files.
         self._bar.update(done - self._bar.n)
 
@@ -216,11 +217,12 @@ def estimate_text(found: Estimate) -> str:
         ("images", f"{found.images:,}, {_bytes(found.image_bytes)}; {found.ignored:,} other files"),
         ("named", counts(found.suffixes)),
         ("labels", f"{len(found.labels):,} classes" if found.labels else "none"),
-        ("no images", counts(found.failures)),
+        ("refused", counts(found.failures)),
+        ("store has", f"{found.unchanged:,} of them already; {found.deleted:,} of its rows would go"),
         ("sample", f"{found.sampled:,} read: {counts(found.formats)}; failed: {counts(found.sample_failures)}"),
         ("pixels", f"{found.pixels[0]:,} to {found.pixels[2]:,}, median {found.pixels[1]:,}"),
-        ("speed", f"{found.images_per_second:.1f} images/s, all workers together"),
-        ("time", f"about {timedelta(seconds=round(found.seconds))}"),
+        ("speed", f"{found.images_per_second:.1f} images/s; a long run may find a faster engine"),
+        ("time", f"about {timedelta(seconds=max(1, round(found.seconds)))}" if found.seconds else "nothing to compute"),
         ("store", f"about {_bytes(found.store_bytes)}"),
         ("space", f"{_bytes(found.needed_bytes)} needed until it is finished, {_bytes(found.free_bytes)} free"),
     ]

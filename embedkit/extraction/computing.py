@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone, Batch, Engine, Seconds, Steps, in_batches, stream
-from embedkit.errors import ImageError
+from embedkit.errors import EmbedkitError, ImageError
 from embedkit.extraction.progress import Progress, Timing
 from embedkit.images import Data
 from embedkit.sources import Entry, Listing, content_sha256
 from embedkit.store import Failures, Images, PartWriter, Rows, Run, Update
 from embedkit.store.tables import lookup
+
+log = logging.getLogger("embedkit")
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,16 @@ class _Tally:
 
     def fail(self, errors: Sequence[ImageError]) -> None:
         """Count failures."""
-        self.failed += len(errors)
+        before, self.failed = self.failed, self.failed + len(errors)
         self.first = self.first or next(iter(errors), None)
         if errors and self.failed > self.allowed:
-            last = errors[-1]
+            crossing = max(0, int(self.allowed) - before)
+            one = errors[crossing]
             raise ImageError(
-                last.id,
-                f"{last.reason}; with it {self.failed:,} of {self.total:,} images have failed, and "
-                f"{int(self.allowed):,} may; what is computed is kept",
-                last.kind,
+                one.id,
+                f"{one.reason}; with it {before + crossing + 1:,} of {self.total:,} images have failed, and "
+                f"{int(self.allowed):,} may; the same command goes on from there when it is mended, or more may fail",
+                one.kind,
             )
 
     def report(self) -> Progress:
@@ -221,7 +225,7 @@ def _batches(parts: Iterator[NumberedPart], job: Job) -> Generator[tuple[int, bo
     def read(reading: _Reading) -> Data:
         # Looked at before it is read: when somebody writes to it meanwhile, the next run sees another time.
         reading.size, reading.mtime_ns = reading.entry.status()
-        data = reading.entry.read()
+        data = read_entry(reading.entry)
         reading.sha256 = content_sha256(data)
         return data
 
@@ -242,6 +246,24 @@ def _batches(parts: Iterator[NumberedPart], job: Job) -> Generator[tuple[int, bo
     with closing(batches):
         for (number, ends, _), batch in zip(plan, batches, strict=True):
             yield number, ends, batch
+
+
+def read_entry(entry: Entry) -> Data:
+    """Read an entry; whatever goes wrong there costs this image only.
+
+    Raises
+    ------
+    ImageError
+        Of the kind "unreadable", which the next run tries again, for what no source should raise.
+    """
+    try:
+        return entry.read()
+    except EmbedkitError:
+        raise
+    except Exception as error:
+        log.debug("reading %s", entry.id, exc_info=True)
+        text = " ".join(str(error).split())
+        raise ImageError(entry.id, f"{type(error).__name__} while it was read: {text}", "unreadable") from error
 
 
 def _rows(batches: Sequence[Batch[_Reading, dict[str, npt.NDArray[np.float32]]]]) -> Rows:

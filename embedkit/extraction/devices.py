@@ -323,21 +323,22 @@ def serve() -> None:
         log.setLevel(assignment.log_level)
         log.propagate = False
         log.addHandler(_Relay(channel.send))
-        job = _job(assignment)
-        while (part := channel.ask(patient=True)) is not None:
-            for news in compute_parts(_following(part, channel), job, assignment.write):
-                channel.send(news)
+        with contextlib.ExitStack() as stack:
+            job = _job(assignment, stack)
+            while (part := channel.ask(patient=True)) is not None:
+                for news in compute_parts(_following(part, channel), job, assignment.write):
+                    channel.send(news)
     except BaseException as error:
         channel.send(_Failure(_sendable(error), traceback.format_exc()))
     os._exit(0)  # The listener is in the middle of a read, which an ordinary end would wait for.
 
 
-def _job(assignment: Assignment) -> Job:
+def _job(assignment: Assignment, stack: contextlib.ExitStack) -> Job:
     backbone = Backbone.reload(
         assignment.spec, assignment.recipe, device=assignment.device, max_pixels=assignment.max_pixels
     )
     if assignment.time_limit is not None:
-        backbone = backbone.isolated(assignment.time_limit).__enter__()  # Until this process ends.
+        backbone = stack.enter_context(backbone.isolated(assignment.time_limit))
     choice = backbone.choose_engine(
         [], 1, layers=assignment.layers, engine=assignment.engine, batch_size=assignment.batch_size,
         workers=assignment.workers, threads=assignment.threads,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -15,14 +17,20 @@ from typing import Any
 import numpy as np
 
 from embedkit.backbones import Backbone, Steps, in_batches, stream, usable_processors
-from embedkit.errors import ImageError
-from embedkit.extraction.extracting import checked_layers, listed
+from embedkit.errors import BackboneError, ImageError
+from embedkit.extraction.computing import read_entry
+from embedkit.extraction.extracting import checked_layers, inventory_of, listed
 from embedkit.extraction.reporting import peak_memory
 from embedkit.images import Data, Header, read_header
 from embedkit.sources import Entry, Listing
+from embedkit.store import Store
+from embedkit.store.knowledge import gather_known
+from embedkit.store.knowledge import unchanged as unchanged_entries
+from embedkit.store.tables import lookup
 
 SAMPLE = 512
 SECONDS = 10.0
+_FRAGMENT = re.compile(r"#(t|xywh)=[0-9.,-]+$")  # Of a frame of a video, or a box.
 _FACTS = 8 + 8 + 32 + 4 + 4  # A row's size, time, content hash and label, and its share of the checksums.
 
 
@@ -34,6 +42,8 @@ class Estimate:
     ----------
     images, ignored : int
         Images in the listing, and other files.
+    unchanged, deleted : int
+        Images that a store at the output has already, and rows of it that would go.
     failures : mapping of str to int
         What the listing alone shows to be no image, by kind.
     labels : mapping of str to int
@@ -53,7 +63,8 @@ class Estimate:
     images_per_second : float
         As measured on the sample, all steps and workers together.
     seconds : float
-        What the whole would take at that rate. A first run may find a faster engine than the eager one used here.
+        What the images that are not in the store would take at that rate. A long run may find a faster engine than
+        the eager one that is used here.
     store_bytes : int
         Size of the store.
     needed_bytes, free_bytes : int
@@ -64,6 +75,8 @@ class Estimate:
 
     images: int
     ignored: int
+    unchanged: int
+    deleted: int
     failures: dict[str, int]
     labels: dict[str, int]
     suffixes: dict[str, int]
@@ -116,19 +129,26 @@ def estimate(
     5400.0
     """
     listing = listed(images)
+    output = Path(os.path.realpath(output))
+    if not output.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder for the store", os.fspath(output.parent))
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone)
     names = checked_layers(backbone, layers)
+    unchanged, deleted = _compare(output, listing, backbone, names)
     count, id_bytes, total_bytes = len(listing.files), 0, 0
     labels: Counter[str] = Counter()
     suffixes: Counter[str] = Counter()
     for file in listing.files:
         id_bytes = max(id_bytes, len(os.fsencode(file.id)))  # Ids are stored at the length of the longest.
         total_bytes += max(0, file.status()[0])
-        suffixes[os.path.splitext(file.id)[1].lower()] += 1
+        suffixes[os.path.splitext(_FRAGMENT.sub("", file.id))[1].lower()] += 1
         if file.label is not None:
             labels[file.label] += 1
-    measured = _measure(listing, backbone, names, workers or usable_processors(), progress)
+    waiting = count - unchanged
+    measured = _Measured()
+    if waiting:
+        measured = _measure(listing, backbone, names, workers or usable_processors(), progress)
     width = 4 * sum(backbone.layer_spec(layer).dim for layer in ("", *names))
     share = 1 - len(measured.failures) / max(1, measured.read)
     rows = round(count * share)
@@ -137,6 +157,8 @@ def estimate(
     return Estimate(
         images=count,
         ignored=listing.ignored,
+        unchanged=unchanged,
+        deleted=deleted,
         failures=dict(Counter(failure.kind for failure in listing.failures)),
         labels=dict(labels),
         suffixes=dict(suffixes.most_common()),
@@ -146,12 +168,25 @@ def estimate(
         formats=dict(Counter(header.format for header in measured.headers).most_common()),
         pixels=(sizes[0], sizes[len(sizes) // 2], sizes[-1]),
         images_per_second=measured.rate,
-        seconds=count / measured.rate if measured.rate else 0.0,
+        seconds=waiting / measured.rate if measured.rate else 0.0,
         store_bytes=store_bytes,
         needed_bytes=2 * store_bytes,  # The parts stay until the store is whole.
-        free_bytes=shutil.disk_usage(Path(os.path.realpath(output)).parent).free,
+        free_bytes=shutil.disk_usage(output.parent).free,
         memory_bytes=peak_memory(),
     )
+
+
+def _compare(output: Path, listing: Listing, backbone: Backbone, layers: Sequence[str]) -> tuple[int, int]:
+    """Return how many images a store at the output holds as they are, and how many of its rows would go."""
+    if not output.exists():
+        return 0, 0
+    base = Store.open(output)
+    base.spec.require_same(backbone.spec, f"{output} was made otherwise; choose another name, or replace it")
+    if set(base.layers) != set(layers):
+        raise BackboneError(f"{output} has the layers {', '.join(base.layers) or 'none'}; choose another name")
+    images = inventory_of(listing)
+    _, settled = unchanged_entries(gather_known(base, ()), images, retry_failed=False)
+    return int(settled.sum()), int((lookup(images.ids, base.images.ids) < 0).sum())
 
 
 @dataclass
@@ -180,8 +215,9 @@ def _measure(
     end = time.perf_counter() + SECONDS
 
     def read(entry: Entry) -> Data:
-        data = entry.read()
-        header = read_header(data)
+        data = read_entry(entry)
+        # A header may be what a decoder hangs on, and then this process is not the one to read it.
+        header = read_header(data) if backbone.time_limit is None else None
         measured.headers += [] if header is None else [header]
         return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,12 +17,13 @@ import numpy.typing as npt
 
 from embedkit.backbones import Backbone, Choice, device_names, in_batches, usable_processors
 from embedkit.errors import BackboneError, ImageError
-from embedkit.extraction.computing import Job, compute, compute_parts
+from embedkit.extraction.admission import admitted
+from embedkit.extraction.computing import Job, compute, compute_parts, read_entry
 from embedkit.extraction.devices import compute_on_devices
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
 from embedkit.sources import Entry, Listing, content_sha256, list_images, list_memory
-from embedkit.store import Inventory, Run, Store
+from embedkit.store import Inventory, Run, Store, Update
 from embedkit.store.format import is_layer_name
 
 MAX_LAYERS = 32
@@ -143,6 +145,7 @@ def extract(
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone, device=devices[0] if devices else "auto")
     _require_kind(backbone, devices)
+    _require_sendable(listing, devices)
     names = tuple(checked_layers(backbone, layers))
     specs = {layer: backbone.layer_spec(layer) for layer in names}
     information = _information(listing, backbone)
@@ -154,13 +157,14 @@ def extract(
     with run:
         settling.remember_earlier()
         update = run.prepare(
-            _inventory(listing),
+            inventory_of(listing),
             lambda numbers: _hashes(listing.files, numbers, workers),
             part_size=lambda count: part_size or settling.part_size(count),
             batch_size=batch_size or backbone.batch_size,
             checksum=checksum,
             retry_failed=retry_failed,
         )
+        _warn_about_dropped(run, update)
         try:
             job = settling.job(update.waiting, update.plan.batch_size)
             work = compute_on_devices if devices else compute_parts
@@ -168,13 +172,17 @@ def extract(
             if end.failed == end.total:
                 run.abandon()
                 raise ImageError(
-                    os.fspath(listing.root),
+                    _absolute(listing.root),
                     f"none of its {end.failed} images could be read; the first: {first}",
                     "damaged" if first is None else first.kind,
                 )
             run.finalise(update)
         except (OSError, KeyboardInterrupt):
-            log.warning("what is computed is kept in %s: the same command goes on from there", run.folder)
+            found = Store.status(run.path)
+            log.warning(
+                "%s of %s images are safe in %s: the same command goes on from there",
+                f"{found.committed:,}", f"{found.planned:,}", run.folder,
+            )  # fmt: skip
             raise
     if report is not None:
         write_report(report, end, job, settling.choice, _cpu_seconds() - cpu_seconds)
@@ -184,8 +192,8 @@ def extract(
 def listed(images: Any) -> Listing:
     """Return the listing of what `extract` takes."""
     if isinstance(images, Listing):
-        return images
-    return list_images(images) if isinstance(images, str | os.PathLike) else list_memory(images)
+        return admitted(images)
+    return admitted(list_images(images) if isinstance(images, str | os.PathLike) else list_memory(images))
 
 
 class _Settling:
@@ -263,7 +271,7 @@ class _Settling:
         started = time.perf_counter()
         for number in np.linspace(0, len(files) - 1, min(4 * _SAMPLE, len(files))).astype(int).tolist():
             try:
-                crops.append(self.backbone.pixels(files[number].read(), id=files[number].id))
+                crops.append(self.backbone.pixels(read_entry(files[number]), id=files[number].id))
             except ImageError:
                 continue  # Its reason is found, and kept, when its turn comes.
             if len(crops) == _SAMPLE:
@@ -271,6 +279,23 @@ class _Settling:
         self._seconds = (time.perf_counter() - started) / max(1, len(crops))
         # Noise will do where no image can be read.
         return crops or self.backbone.noise(_SAMPLE)
+
+
+def _warn_about_dropped(run: Run, update: Update) -> None:
+    dropped, rows = update.changes.deleted, 0 if run.base is None else len(run.base)
+    if 2 * dropped > rows:
+        log.warning(
+            "%s of the store's %s rows are dropped: their images are not among these", f"{dropped:,}", f"{rows:,}"
+        )
+
+
+def _require_sendable(listing: Listing, devices: Sequence[str]) -> None:
+    """Find out before anything is started that the images of a listing cannot go to other processes."""
+    if devices and len(listing.files):
+        try:
+            pickle.dumps(listing.files[0])
+        except Exception as error:
+            raise BackboneError(f"the images of {listing.root} cannot be sent to several devices: {error}") from error
 
 
 def _require_kind(backbone: Backbone, devices: Sequence[str]) -> None:
@@ -285,7 +310,8 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _inventory(listing: Listing) -> Inventory:
+def inventory_of(listing: Listing) -> Inventory:
+    """Return what a store of a listing should hold."""
     numbers = (number for file in listing.files for number in file.status())
     status = np.fromiter(numbers, dtype=np.int64, count=2 * len(listing.files)).reshape(-1, 2)
     codes = {name: code for code, name in enumerate(listing.classes)}
@@ -305,7 +331,7 @@ def _hashes(files: Sequence[Entry], numbers: list[int], workers: int | None) -> 
 
     def sha256(number: int) -> bytes | None:
         try:
-            return content_sha256(files[number].read())
+            return content_sha256(read_entry(files[number]))
         except ImageError:
             return None
 

@@ -46,7 +46,9 @@ def encode_texts(texts: Sequence[str]) -> Array:
 
 def encode_reasons(reasons: Sequence[str]) -> Array:
     """Return the reasons of failures as bytes, cut where somebody wrote a novel."""
-    return encode_texts([os.fsencode(reason)[:MAX_ERROR_BYTES].decode("utf-8", "ignore") for reason in reasons])
+    # Surrogates come from names that are not UTF-8, or from whoever raised the error: both are shown, not lost.
+    encoded = [reason.encode("utf-8", "backslashreplace")[:MAX_ERROR_BYTES] for reason in reasons]
+    return encode_texts([reason.decode("utf-8", "ignore") for reason in encoded])
 
 
 def encode_kinds(kinds: Sequence[str]) -> Array:

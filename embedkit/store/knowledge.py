@@ -19,6 +19,9 @@ from embedkit.store.verification import verify
 
 log = logging.getLogger("embedkit")
 
+# Kinds of failures that say something about the disk, the network or the moment, and nothing about the image.
+PASSING_KINDS = (b"unreadable", b"permission")
+
 Rows = npt.NDArray[np.int64]
 
 
@@ -33,6 +36,8 @@ class Known:
         Of the file when it was read.
     failed : bool (m,)
         Whether it could not be read.
+    passing : bool (m,)
+        Whether that may be otherwise the next time.
     source, row : int64 (m,)
         Where the entry stands: a row of ``sources[source]``, of its images or of its failures.
     """
@@ -43,6 +48,7 @@ class Known:
     mtimes_ns: Array
     content_sha256: Array
     failed: Array
+    passing: Array
     source: Rows
     row: Rows
 
@@ -70,6 +76,7 @@ def gather_known(base: Store | None, parts: Iterable[Part]) -> Known:
     tables: list[Images | Failures] = [table for one in sources for table in (one.images, _failed(one))]
     lengths = np.array([len(table) for table in tables], dtype=np.int64)
     hashes = [getattr(table, "content_sha256", np.zeros((len(table), 32), dtype=np.uint8)) for table in tables]
+    passing = [np.isin(getattr(table, "kinds", np.zeros(len(table), "S1")), PASSING_KINDS) for table in tables]
     nothing = Images.empty()
     ids = np.concatenate([nothing.ids, *(table.ids for table in tables)])
     # A stable sort keeps the order in which things were said, so the last of equal ids is the last word.
@@ -83,6 +90,7 @@ def gather_known(base: Store | None, parts: Iterable[Part]) -> Known:
         mtimes_ns=np.concatenate([nothing.mtimes_ns, *(table.mtimes_ns for table in tables)])[chosen],
         content_sha256=np.concatenate([nothing.content_sha256, *hashes])[chosen],
         failed=number[chosen] % 2 == 1,
+        passing=np.concatenate([np.empty(0, dtype=bool), *passing])[chosen],
         source=number[chosen] // 2,
         row=np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(length) for length in lengths)])[chosen],
     )
@@ -104,7 +112,7 @@ def unchanged(known: Known, inventory: Inventory, *, retry_failed: bool) -> tupl
     entry = lookup(known.ids, inventory.ids)
     same = (entry >= 0) & (at(known.sizes, entry) == inventory.sizes.astype(np.uint64))
     same &= at(known.mtimes_ns, entry) == inventory.mtimes_ns
-    return entry, same & ~(at(known.failed, entry) & retry_failed)
+    return entry, same & ~(at(known.failed, entry) & (at(known.passing, entry) | retry_failed))
 
 
 def same_content(

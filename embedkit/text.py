@@ -1,4 +1,4 @@
-"""Untrusted text made fit to print: file names and class names may hold anything."""
+"""Text for people: file names and class names may hold anything, and one image is not images."""
 
 from __future__ import annotations
 
@@ -15,3 +15,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things.
+
+    Examples
+    --------
+    >>> from embedkit.text import counted
+    >>> counted(1, "class"), counted(1200, "class"), counted(0, "image")
+    ('1 class', '1,200 classes', '0 images')
+    """
+    plural = noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {plural}"

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sources": {"errors", "text", "images"},
     "backbones": {"errors", "spec", "images"},
     "store": {"errors", "spec"},
-    "extraction": {"errors", "spec", "images", "sources", "backbones", "store"},
+    "extraction": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "heads": {"errors", "spec", "store"},
     "evaluation": {"errors", "spec", "text", "images", "backbones", "store", "extraction", "index", "heads"},

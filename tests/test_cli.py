@@ -98,7 +98,7 @@ def test_how_files_are_read_is_chosen_on_the_command_line(photos: Path, tiny_bac
     (root / "cut.jpg").write_bytes(whole[:-400])
     (root / "whole.jpg").write_bytes(whole)
     extract = ("extract", root, "-o", tmp_path / "s.h5", "-m", tiny_backbone, "--json", "--overwrite")
-    assert "cut.jpg: truncated" in run(*extract, code=3).stderr
+    assert "cut.jpg: its end is missing" in run(*extract, code=3).stderr
     padded = json.loads(run(*extract, "--truncated", "pad", "--icc", "--max-pixels", "7k").stdout)["spec"]
     assert padded["preprocessing"]["truncated"] == "pad" and padded["preprocessing"]["icc"] is True
     few = run(*extract, "--max-pixels", "6911", code=1)
@@ -122,7 +122,7 @@ def test_exit_codes_tell_some_failures_from_all(photos: Path, tiny_backbone: Pat
     root.mkdir()
     (root / "bad.jpg").write_text("no")
     result = run("extract", root, "-o", tmp_path / "t.h5", "-m", tiny_backbone, code=1)
-    assert "none of its 1 images could be read" in result.stderr and not (tmp_path / "t.h5").exists()
+    assert "none of its 1 image could be read" in result.stderr and not (tmp_path / "t.h5").exists()
 
 
 def test_errors_are_one_message_without_a_traceback(
@@ -230,7 +230,7 @@ def test_the_summary_of_an_extraction_groups_failures_by_kind(failed: Path, caps
         r"  truncated     \x1b[31m\nforged.jpg: \x1b[31m\nforged",
         r'  truncated     odd, "\udce9".jpg: the end, or\nmore',
         f"  not-an-image  {'x' * 90}: a named pipe",
-        f"embedkit info {failed} --failures lists them",
+        f"embedkit info {failed} --failures lists them, and extract --retry-failed tries them again",
     ]
 
 

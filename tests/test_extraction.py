@@ -106,7 +106,7 @@ def test_nothing_is_written_when_no_image_can_be_read(backbone: Backbone, tmp_pa
     root = tmp_path / "bad"
     root.mkdir()
     (root / "a.jpg").write_text("no")
-    with pytest.raises(ImageError, match=r"none of its 1 images could be read; the first: a\.jpg: not an image"):
+    with pytest.raises(ImageError, match=r"none of its 1 image could be read; the first: a\.jpg: not an image"):
         extract(root, tmp_path / "s.h5", backbone)
     (root / "a.jpg").unlink()
     with pytest.raises(ImageError, match="no images"):

@@ -95,11 +95,11 @@ def extract(
 ) -> None:
     """Embed every image of IMAGES into one store, or bring a store up to date with them.
 
-    IMAGES is a folder, a tar or zip archive, a table (.csv, .tsv, .jsonl, .parquet), a URL, a Hugging Face dataset
-    (dataset:NAME) or a video; docs/sources.md says more. When no image lies in a folder directly, the first folder
-    below it is each image's class. Of several sources, every id begins with the source's name, or with another one
-    given as NAME=SOURCE. An image that cannot be read is recorded with its reason and never replaced; the exit code is
-    then 3.
+    IMAGES is a folder, a tar or zip archive, several such as 'shards/{000..099}.tar', a table (.csv, .tsv, .jsonl,
+    .parquet), a URL, a Hugging Face dataset (its folder, or dataset:NAME), a video with --fps, or image files;
+    docs/sources.md says more. When no image lies in a folder directly, the first folder below it is each image's class.
+    Of several sources, every id begins with the source's name, or with another one given as NAME=SOURCE. An image that
+    cannot be read is recorded with its reason and never replaced; the exit code is then 3.
 
     A run that was interrupted goes on where it stopped when the same command is given again. Of a store that exists,
     unchanged images are kept without reading them, moved ones are recognised by their content, and only new and

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from embedkit.errors import EmbedkitError
 from embedkit.spec import flat
-from embedkit.text import printable
+from embedkit.text import counted, printable
 
 if TYPE_CHECKING:
     from embedkit.backbones import ModelInfo
@@ -165,7 +165,8 @@ def failures(store: Store, quiet: bool) -> None:
     for kind, found in kinds.items():
         for failure in found[:SHOWN_FAILURES]:
             notice(f"  {kind:<{width}}  {printable(failure.id)}: {printable(failure.error)}")
-    notice(f"embedkit info {shlex.quote(os.fspath(store.path))} --failures lists them")
+    path = shlex.quote(os.fspath(store.path))
+    notice(f"embedkit info {path} --failures lists them, and extract --retry-failed tries them again")
 
 
 def _by_kind(failed: Sequence[Failure]) -> dict[str, list[Failure]]:
@@ -214,9 +215,9 @@ def estimate_text(found: Estimate) -> str:
         return shown or "none"
 
     lines = [
-        ("images", f"{found.images:,}, {_bytes(found.image_bytes)}; {found.ignored:,} other files"),
+        ("images", f"{found.images:,}, {_bytes(found.image_bytes)}; {counted(found.ignored, 'other file')}"),
         ("named", counts(found.suffixes)),
-        ("labels", f"{len(found.labels):,} classes" if found.labels else "none"),
+        ("labels", counted(len(found.labels), "class") if found.labels else "none"),
         ("refused", counts(found.failures)),
         ("store has", f"{found.unchanged:,} of them already; {found.deleted:,} of its rows would go"),
         ("sample", f"{found.sampled:,} read: {counts(found.formats)}; failed: {counts(found.sample_failures)}"),
@@ -242,11 +243,11 @@ def _bytes(count: int) -> str:
 
 def extraction_line(store: Store, seconds: float, images_per_second: float) -> str:
     """Return the one line that sums up an extraction."""
-    parts = [f"{len(store):,} images x {store.dim} {store.dtype.name}"]
+    parts = [f"{counted(len(store), 'image')} x {store.dim} {store.dtype.name}"]
     if store.classes:
-        parts.append(f"{len(store.classes)} classes")
+        parts.append(counted(len(store.classes), "class"))
     if store.layers:
-        parts.append(f"{len(store.layers)} layers")
+        parts.append(counted(len(store.layers), "layer"))
     parts.append(f"{len(store.failures):,} failed")
     parts.append(f"{seconds:.1f} s ({images_per_second:.1f} images/s)" if images_per_second else "nothing to compute")
     return f"{printable(os.fspath(store.path))}: {', '.join(parts)}"
@@ -254,7 +255,7 @@ def extraction_line(store: Store, seconds: float, images_per_second: float) -> s
 
 def store_line(store: Store) -> str:
     """Return the one line that says what a new store holds."""
-    classes = f", {len(store.classes)} classes" if store.classes else ""
+    classes = f", {counted(len(store.classes), 'class')}" if store.classes else ""
     return f"{printable(os.fspath(store.path))}: {len(store):,} x {store.dim} {store.dtype.name}{classes}"
 
 

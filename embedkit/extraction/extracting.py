@@ -25,6 +25,7 @@ from embedkit.extraction.reporting import engine_line, write_report
 from embedkit.sources import Entry, Listing, content_sha256, list_images, list_memory
 from embedkit.store import Inventory, Run, Store, Update
 from embedkit.store.format import is_layer_name
+from embedkit.text import counted
 
 MAX_LAYERS = 32
 SECONDS_A_PART = 2.0
@@ -173,7 +174,7 @@ def extract(
                 run.abandon()
                 raise ImageError(
                     _absolute(listing.root),
-                    f"none of its {end.failed} images could be read; the first: {first}",
+                    f"none of its {counted(end.failed, 'image')} could be read; the first: {first}",
                     "damaged" if first is None else first.kind,
                 )
             run.finalise(update)
@@ -336,7 +337,7 @@ def _hashes(files: Sequence[Entry], numbers: list[int], workers: int | None) -> 
             return None
 
     if numbers:
-        log.info("comparing the content of %s images", f"{len(numbers):,}")
+        log.info("comparing the content of %s", counted(len(numbers), "image"))
     with ThreadPoolExecutor(workers or 2, thread_name_prefix="embedkit-hash") as pool:
         for batch in in_batches(numbers, 1024):  # The pool would otherwise queue millions of tasks.
             for number, found in zip(batch, pool.map(sha256, batch), strict=True):

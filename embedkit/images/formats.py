@@ -97,7 +97,7 @@ def reason_and_kind(error: Exception, data: bytes = b"") -> tuple[str, str]:
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
         return f"of a kind that is not read: {text}", "unsupported"
     if _TRUNCATED.search(text) or isinstance(error, EOFError) or is_truncated(data):
-        return f"truncated: {text}", "truncated"
+        return f"its end is missing ({text}); --truncated pad embeds what is there", "truncated"
     return f"cannot be decoded: {text}", "damaged"
 
 

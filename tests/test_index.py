@@ -136,6 +136,7 @@ def test_pictures_are_found_again_in_archives_folders_and_boxes(photos: Path, tm
         read_picture(packed, "cat/2.jpg")
     boxed = vectors_store(tmp_path / "b.h5", eye, ["cat/1.jpg#xywh=1,2,30,40"], root=str(photos))
     assert read_picture(boxed, boxed.ids[0]) == Region(data, (1, 2, 31, 42))
+    assert image_path(boxed, boxed.ids[0]) == photos / "cat" / "1.jpg"
     assert search_page(Index.build(boxed).search([0], k=1), [(boxed.ids[0], True)]).count("data:image/jpeg") == 2
     for id in ("cat/1.jpg#xywh=1,2,3", "cat/99.jpg#xywh=1,2,3,4", "../x#xywh=1,2,3,4", "/etc/passwd"):
         with pytest.raises(ImageError):

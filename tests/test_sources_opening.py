@@ -15,6 +15,7 @@ from PIL import Image
 
 import embedkit as ek
 from embedkit import Backbone, ImageError, list_images
+from embedkit.index import image_path
 from embedkit.sources import Listing
 
 
@@ -153,3 +154,19 @@ def test_a_source_that_is_none_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.tar").write_text("no archive")
     with pytest.raises(ImageError, match=name):
         list_images(tmp_path / name)
+
+
+def test_another_photograph_is_never_shown_for_the_one_that_was_embedded(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "swap.csv").write_text("path,id\ncat/1.jpg,dog/1.jpg\n")
+    listing = list_images(tmp_path / "swap.csv", root=photos)
+    store = ek.extract(listing, tmp_path / "s.h5", backbone)
+    assert store.ids == ["dog/1.jpg"] and image_path(store, "dog/1.jpg") is None
+    (tmp_path / "plain.csv").write_text("path\ncat/1.jpg\n")
+    both = list_images(f"a={tmp_path / 'swap.csv'}", f"b={photos}", root=photos)
+    joined = ek.extract(both, tmp_path / "t.h5", backbone)
+    assert image_path(joined, "a/dog/1.jpg") is None
+    assert image_path(joined, "b/dog/1.jpg") == photos / "dog" / "1.jpg"
+    plain = ek.extract(list_images(tmp_path / "plain.csv", root=photos), tmp_path / "u.h5", backbone)
+    assert image_path(plain, "cat/1.jpg") == photos / "cat" / "1.jpg"

@@ -365,12 +365,19 @@ def _information(listing: Listing, backbone: Backbone) -> dict[str, Any]:
     """Return what explains a run without deciding its numbers."""
     return {
         "root": _absolute(listing.root),
-        **({"sources": {name: _absolute(root) for name, root in listing.sources.items()}} if listing.sources else {}),
+        **_places(listing),
         "recipe": backbone.recipe,
         "device": str(backbone.device),
         "host": platform.node(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _places(listing: Listing) -> dict[str, Any]:
+    """Return where images are found again, when it is not below the root by their ids."""
+    if listing.has_paths:
+        return {}
+    return {"sources": {name: _absolute(root) for name, root in listing.sources.items()}}
 
 
 def _absolute(root: str | os.PathLike[str]) -> str:

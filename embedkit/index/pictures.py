@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,20 @@ from embedkit.store.format import is_path
 if TYPE_CHECKING:
     from embedkit.store import Store
 
+_FRAGMENT = re.compile(r"#(t|xywh)=[0-9.,-]+$")
+
 
 def image_path(store: Store, id: str) -> Path | None:
-    """Return the file of an id; None when it has none, its root is unknown, or the id points out of it."""
+    """Return the file of an id, which is the whole of it where the id is that of a box or a frame.
+
+    It is None when an id has none, its root is unknown, or the id points out of it.
+    """
     root, rest = _place(store, id)
     try:
-        return None if root is None or root.is_file() else inside(root, rest)
+        if root is None or root.is_file():
+            return None
+        path, whole = inside(root, rest), _FRAGMENT.sub("", rest)
+        return inside(root, whole) if whole != rest and not path.exists() else path
     except ImageError:
         return None
 
@@ -53,7 +62,7 @@ def _place(store: Store, id: str) -> tuple[Path | None, str]:
     """Return the folder or archive that an image came from, and its name there."""
     root, rest = store.root, id
     sources = store.information.get("sources")
-    if isinstance(sources, dict) and sources:  # Several, whose names the ids begin with.
+    if isinstance(sources, dict):  # Several, whose names the ids begin with.
         name, _, rest = id.partition("/")
         root = Path(sources[name]) if is_path(sources.get(name)) else None
     return (root if root is not None and root.is_absolute() else None), rest

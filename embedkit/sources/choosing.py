@@ -75,7 +75,9 @@ def join(listings: Mapping[str, Listing]) -> Listing:
     ['autumn/1.jpg', 'spring/1.jpg']
     """
     joined = _united(list(listings.items()), _common_root([part.root for part in listings.values()]))
-    return replace(joined, sources={name: part.root for name, part in listings.items()})
+    return replace(
+        joined, sources={name: part.root for name, part in listings.items() if part.has_paths}, has_paths=False
+    )
 
 
 def unite(listings: Sequence[Listing]) -> Listing:
@@ -180,7 +182,7 @@ def choose(
         raise ImageError(os.fspath(listing.root), f"none of its {len(listing.files):,} images is chosen", "missing")
     files = _Some(listing.files, kept)
     classes = classes_of(file.label for file in files) if listing.classes else []
-    return Listing(listing.root, files, classes, failures, listing.ignored, listing.sources)
+    return replace(listing, files=files, classes=classes, failures=failures)
 
 
 def ids_of(entries: Sequence[Entry]) -> Iterator[str]:

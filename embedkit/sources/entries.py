@@ -125,7 +125,9 @@ class Listing:
     ignored : int
         What is not called like an image, or is hidden.
     sources : mapping of str to Path
-        Of several sources in one, the root of each by the name that its ids begin with.
+        Of several sources in one, the root of each by the name that its ids begin with, as far as it has paths.
+    has_paths : bool
+        Whether the ids are where images are below the root. A table may call them otherwise.
     """
 
     root: Path | str
@@ -134,6 +136,7 @@ class Listing:
     failures: list[ImageError]
     ignored: int
     sources: Mapping[str, Path | str] = field(default_factory=dict)
+    has_paths: bool = True
 
 
 def content_sha256(data: Data) -> bytes:

@@ -181,7 +181,8 @@ class _Reading:
             np.frombuffer(self.boxes, dtype=np.int32).reshape(-1, 4)[order] if self.columns.box else None,
         )
         files = replace(files, looks=self.root.look(map(files.path, range(len(files)))))
-        return Listing(self.root.name, files, classes, sorted(self.failures, key=lambda bad: os.fsencode(bad.id)), 0)
+        failures = sorted(self.failures, key=lambda bad: os.fsencode(bad.id))
+        return Listing(self.root.name, files, classes, failures, 0, has_paths=not self.paths)
 
     def _add(self, line: int, values: Sequence[Any]) -> None:
         columns = self.columns

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
+import pickle
 import random
 import shutil
 import struct
@@ -17,8 +20,9 @@ import numpy.typing as npt
 import pytest
 
 from embedkit import ImageError
-from embedkit.sources.videos import decoders
+from embedkit.sources.videos import containers, decoders
 from embedkit.sources.videos.listing import VIDEO_SUFFIXES, VideoFrame, list_video, list_videos
+from embedkit.sources.videos.rates import Rate
 
 av = pytest.importorskip("av")
 
@@ -383,6 +387,99 @@ def test_of_two_frames_an_age_apart_not_every_second_is_listed(tmp_path: Path) -
     assert number_in(np.asarray(listing.files[-1].read())) == 0
 
 
+@pytest.mark.parametrize("seconds", ["1e0999999999", "9" * 12, "1/0000000000", "-1.000000000"])
+def test_a_duration_that_is_none_is_not_worked_out(seconds: str, tmp_path: Path) -> None:
+    path = make(tmp_path / "clip.mkv", 20)
+    data = path.read_bytes()
+    assert data.count(b"00:00:02.000000000") == 1
+    path.write_bytes(data.replace(b"00:00:02.000000000", f"00:00:{seconds}".encode()))
+    assert list(numbers(path).values()) == [0, 10]
+
+
+def test_a_hole_in_a_file_holds_no_frames(tmp_path: Path) -> None:
+    path = make(tmp_path / "clip.mkv", 2, stamps=[0, 1_000_000_000], codec="ffv1")
+    os.truncate(path, 100 << 20)
+    if os.stat(path).st_blocks * 512 > 1 << 20:
+        pytest.skip("this file system has no holes")
+    assert len(list_video(path).files) == 10_000
+
+
+def test_a_frame_whose_pixels_cannot_be_converted_is_one_failure(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mkv"
+    with av.open(os.fspath(path), "w") as video:
+        stream = video.add_stream("rawvideo", rate=1)
+        stream.width, stream.height, stream.pix_fmt = BITS * BLOCK, 4 * BLOCK, "yuv420p"
+        video.mux(stream.encode(av.VideoFrame.from_ndarray(picture(1), format="rgb24")))
+        video.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert data.count(b"I420") == 1
+    path.write_bytes(data.replace(b"I420", b"RGB\x04"))
+    (frame,) = list_video(path).files
+    with pytest.raises(ImageError, match="FFmpeg does not convert its pixels, rgb4, to RGB") as caught:
+        frame.read()
+    assert (caught.value.id, caught.value.kind) == (frame.id, "unsupported")
+    with pytest.raises(ImageError, match="yaf32le"):  # On which FFmpeg aborts.
+        decoders._upright(av.VideoFrame(16, 16, "yaf32le"), "x")
+
+
+class FailingDisk(io.FileIO):
+    """A disk that cannot be read behind a place, until it is mended."""
+
+    broken_from = 1 << 40
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() + (size or 0) > FailingDisk.broken_from:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size) or b""
+
+
+def test_a_disk_that_fails_costs_the_frames_that_it_fails_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path / "clip.mkv", codec="rawvideo")
+    assert path.stat().st_size > 1_000_000  # The first piece that is read is not all of it.
+    monkeypatch.setattr(containers.io, "FileIO", FailingDisk)
+    frames = frames_of(path)
+    monkeypatch.setattr(FailingDisk, "broken_from", path.stat().st_size // 2)
+    assert number_in(np.asarray(frames[0].read())) == 0
+    with pytest.raises(ImageError, match="Input/output error") as caught:
+        frames[-1].read()
+    assert (caught.value.id, caught.value.kind) == (frames[-1].id, "unreadable")
+    monkeypatch.setattr(FailingDisk, "broken_from", 1 << 40)
+    assert number_in(np.asarray(frames[-1].read())) == 50
+
+
+def test_no_frame_of_another_file_is_taken_for_one_that_was_listed(tmp_path: Path) -> None:
+    path, other = make(tmp_path / "clip.mp4", 60), make(tmp_path / "other.mp4", 60, gop=5)
+    old, new = path.stat(), other.stat()
+    frames = frames_of(path)
+    sent = pickle.dumps(frames[1])
+    assert number_in(np.asarray(frames[0].read())) == 0
+    other.replace(path)
+    assert number_in(np.asarray(frames[1].read())) == 10  # Of the old file, which is still open...
+    assert frames[1].status() == (old.st_size, old.st_mtime_ns) != (new.st_size, new.st_mtime_ns)
+    for frame in (pickle.loads(sent), frames[2]):
+        frame.decoders.close()
+        with pytest.raises(ImageError, match="has changed since it was listed; run again") as caught:
+            frame.read()
+        assert (caught.value.id, caught.value.kind) == (frame.id, "unreadable")
+    assert [frame.status() for frame in frames_of(path)] == [(new.st_size, new.st_mtime_ns)] * 6
+
+
+def test_a_video_that_is_written_over_gives_no_frame_until_it_is_listed_again(tmp_path: Path) -> None:
+    path = make(tmp_path / "clip.mp4", 60)
+    frames = frames_of(path)
+    frames[0].read()
+    data = path.read_bytes()
+    path.write_bytes(data)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+    with pytest.raises(ImageError, match="has changed since it was listed"):
+        frames[1].read()
+    os.truncate(path, len(data) // 2)
+    with pytest.raises(ImageError, match="has changed since it was listed"):
+        frames[-1].read()
+    path.write_bytes(data)
+    assert number_in(np.asarray(frames_of(path)[-1].read())) == 50
+
+
 def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     path = make(tmp_path / "clip.avi", 5)
     data = bytearray(path.read_bytes())
@@ -412,16 +509,24 @@ def test_labels_are_the_first_folders_and_the_status_is_the_files(tmp_path: Path
     status = os.stat(tmp_path / "cat/1.mp4")
     assert listing.files[2].status() == (status.st_size, status.st_mtime_ns)
     shutil.rmtree(tmp_path / "cat")
-    assert listing.files[2].status() == (0, -1)
+    assert listing.files[2].status() == (status.st_size, status.st_mtime_ns)
     with pytest.raises(ImageError) as caught:
         listing.files[2].read()
     assert (caught.value.id, caught.value.kind) == ("cat/1.mp4#t=0.0", "missing")
 
 
-@pytest.mark.parametrize("fps", [0, -1, "x", "1/0", 1e9, float("nan"), float("inf")])
+@pytest.mark.parametrize("fps", [0, -1, "x", "1/0", "1e999999999", "1//2", 1e9, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(fps: float | str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fps is a number"):
+    with pytest.raises(ImageError, match="fps is a number") as caught:
         list_video(tmp_path / "clip.mp4", fps)
+    assert caught.value.id == f"--fps {fps}" and caught.value.kind == "refused"
+
+
+@pytest.mark.parametrize("fps", ["1", "7", "0.4", "30000/1001", "29.97", 1 / 3, "1/86400", "1000"])
+def test_times_are_those_of_exact_arithmetic_in_the_order_of_their_texts(fps: float | str) -> None:
+    rate = Rate.of(fps)
+    expected = [-(-number * rate.unit * rate.fps.denominator // rate.fps.numerator) for number in range(12_345)]
+    assert rate.times(12_345).tolist() == sorted(expected, key=rate.text)
 
 
 def test_suffixes_are_sorted_and_lower_case() -> None:

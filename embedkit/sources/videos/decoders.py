@@ -2,113 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import math
-import os
-import stat
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import ImageError, MissingExtraError
+from embedkit.errors import ImageError
 from embedkit.images.formats import MAX_PIXELS
+from embedkit.sources.videos.containers import Video, VideoFile, failure_of
 
-# The containers that are read. Others, such as playlists and "concat", name further files and URLs and open them.
-FORMATS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,mxf"
 OPEN_DECODERS = 6  # Ids sort like text, so that readers alternate between as many places as seconds have digits.
 _KEPT = 8  # Frames that a decoder has passed and another reader is about to ask for.
 _PATIENCE = Fraction(1)  # Seconds that a decoder goes on rather than seeks, until it knows better.
 _BACK = (0, 1, 5, 30)  # Seconds that a seek tries further back when it came out too late.
-_HALF = Fraction(1, 2)
-
-
-def import_av() -> ModuleType:
-    """Return PyAV."""
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("av", "video") from error
-    return av
-
-
-class Video:
-    """An open video: its container, and the stream in it that is watched.
-
-    It is read through a file object of ours, and FFmpeg may open no other file or URL on its account.
-    """
-
-    def __init__(self, path: str, id: str) -> None:
-        self.av, self.id = import_av(), id
-        file = _open(path, id)
-        self._finalizer = weakref.finalize(self, file.close)
-        limit = {"max_pixels": str(MAX_PIXELS)}
-        try:
-            self.container = self.av.open(
-                file, "r", container_options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
-                options=limit, io_open=_refuse, metadata_errors="replace", buffer_size=1 << 17,
-            )  # fmt: skip
-            self.stream = self._watched()
-        except Exception as error:
-            file.close()
-            raise (error if isinstance(error, ImageError) else self._unopened(error)) from None
-        self.stream.codec_context.options = limit
-        self.stream.thread_type = "SLICE"  # Threads for frames would tell of damage late, and hold many frames.
-        self.start: int = self.stream.start_time or 0
-        self.time_base: Fraction = self.stream.time_base
-
-    def stamp(self, time: Fraction) -> int:
-        """Return the time stamp at a time after the beginning, rounded as those of the frames are."""
-        return self.start + math.floor(time / self.time_base + _HALF)
-
-    def close(self) -> None:
-        """Close the video and its file."""
-        self.container.close()
-        self._finalizer()
-
-    def _watched(self) -> Any:
-        """Return the stream to watch: not the cover of an album."""
-        streams = [stream for stream in self.container.streams.video if "attached_pic" not in str(stream.disposition)]
-        if not streams:
-            raise ImageError(self.id, "there is no video in it", "not-an-image")
-        best = self.container.streams.best("video")
-        stream = best if best in streams else streams[0]
-        if stream.codec_context is None or not stream.time_base:
-            raise ImageError(self.id, "FFmpeg has no decoder for its video", "unsupported")
-        if stream.width * stream.height > MAX_PIXELS:
-            reason = f"{stream.width} x {stream.height} pixels are more than {MAX_PIXELS:,}"
-            raise ImageError(self.id, reason, "too-large")
-        return stream
-
-    def _unopened(self, error: Exception) -> ImageError:
-        reason = "cannot be opened as a video: it is something else, cut short, or of a format that is not read"
-        kind = "unreadable" if isinstance(error, OSError) else "not-an-image"
-        return ImageError(self.id, reason, kind)
-
-
-def _open(path: str, id: str) -> io.FileIO:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a named pipe would wait for its other end.
-            raise ImageError(id, "not a regular file", "not-an-image")
-        file = io.FileIO(path)
-    except OSError as error:
-        kinds = {FileNotFoundError: "missing", PermissionError: "permission"}
-        raise ImageError(id, error.strerror or str(error), kinds.get(type(error), "unreadable")) from error
-    if not os.fstat(file.fileno()).st_size:
-        file.close()
-        raise ImageError(id, "the file is empty", "empty")
-    return file
-
-
-def _refuse(url: str, flags: int, options: dict[str, str]) -> None:
-    raise PermissionError("a video may not open other files")
 
 
 class _Moment(NamedTuple):
@@ -173,7 +84,7 @@ def _drained(codec: Any, failure: type[Exception]) -> list[Any]:
 class _Clip:
     """What its decoders have learned of a video."""
 
-    path: str
+    file: VideoFile
     id: str
     patience: Fraction = _PATIENCE
     end: tuple[int, int] | None = None  # Of the last frame there is: from when it is shown, and until when.
@@ -211,6 +122,8 @@ class _Decoder:
         found = self._kept.pop(time)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
+        if self._video is not None:  # Looked at after decoding: what was written meanwhile may be in the frame.
+            self._video.require_unchanged()
         if isinstance(found, ImageError):
             raise found
         return found
@@ -220,6 +133,9 @@ class _Decoder:
             return self._shown(time)
         except ImageError as error:
             return error
+        except Exception as error:
+            self.close()  # Decoding would not go on from here.
+            return failure_of(error, self.clip.id)
 
     def _is_behind(self, time: Fraction) -> bool:
         return self._video is not None and self._now is not None and self._video.stamp(time) < self._now.at
@@ -280,8 +196,9 @@ class _Decoder:
     def _rewind(self) -> Video:
         if self._video is not None:
             self._video.close()
-        self._video = Video(self.clip.path, self.clip.id)
-        self._moments, self._now, self._ahead = _moments(self._video, sought=False), None, None
+        self._video, self._moments, self._now, self._ahead = None, iter(()), None, None
+        self._video = Video(self.clip.file.path, self.clip.id, self.clip.file)
+        self._moments = _moments(self._video, sought=False)
         return self._video
 
 
@@ -305,15 +222,15 @@ class Decoders:
     def __reduce__(self) -> tuple[Any, ...]:
         return Decoders, (self._limit,)  # Another process opens its own.
 
-    def read(self, path: str, id: str, time: Fraction, step: Fraction) -> npt.NDArray[np.uint8]:
+    def read(self, file: VideoFile, id: str, time: Fraction, step: Fraction) -> npt.NDArray[np.uint8]:
         """Return the frame that is shown at a time, where others a step apart are read at about the same time.
 
         Raises
         ------
         ImageError
-            When the video is damaged there, has ended, or cannot be opened.
+            When the video is damaged there, has ended, cannot be opened, or is another file than was listed.
         """
-        decoder, passed = self._claim(path, id, time, step)
+        decoder, passed = self._claim(file, id, time, step)
         try:
             with decoder.lock:
                 frame = decoder.read(time, passed)
@@ -329,9 +246,9 @@ class Decoders:
         for decoder in idle:
             decoder.close()
 
-    def _claim(self, path: str, id: str, time: Fraction, step: Fraction) -> tuple[_Decoder, list[Fraction]]:
+    def _claim(self, file: VideoFile, id: str, time: Fraction, step: Fraction) -> tuple[_Decoder, list[Fraction]]:
         with self._lock:
-            own = [decoder for decoder in self._decoders if decoder.clip.path == path]
+            own = [decoder for decoder in self._decoders if decoder.clip.file == file]
             decoder = next((decoder for decoder in own if time in decoder.promised), None)
             passed: list[Fraction] = []
             if decoder is None:
@@ -342,7 +259,7 @@ class Decoders:
                 elif behind is not None and not behind.users and time - behind.goal <= 2 * step:
                     decoder = behind
                 else:
-                    decoder = self._free(own[0].clip if own else _Clip(path, id))
+                    decoder = self._free(own[0].clip if own else _Clip(file, id))
                 decoder.goal = time
                 decoder.promised.update(dict.fromkeys(passed))
             decoder.users += 1
@@ -377,7 +294,15 @@ def _upright(frame: Any, id: str) -> npt.NDArray[np.uint8]:
     """Return the pixels of a frame as its display matrix turns and mirrors them."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ImageError(id, f"{frame.width} x {frame.height} pixels are more than {MAX_PIXELS:,}", "too-large")
-    pixels: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    try:
+        if frame.format.name.startswith("yaf32"):  # Converting these ends the process.
+            raise ValueError
+        pixels: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    except MemoryError as error:
+        raise failure_of(error, id) from error
+    except Exception as error:
+        reason = f"FFmpeg does not convert its pixels, {frame.format.name}, to RGB"
+        raise ImageError(id, reason, "unsupported") from error
     for datum in frame.side_data:
         if datum.type.name == "DISPLAYMATRIX":
             right, across, _, down_across, down = np.frombuffer(bytes(datum), dtype="=i4")[:5].tolist()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
-from embedkit.sources.entries import Entries, Listing, by_bytes, classes_of, first_folder, require_inside, status_of
-from embedkit.sources.videos.decoders import Decoders, Video, import_av
+from embedkit.sources.entries import Entries, Listing, by_bytes, classes_of, first_folder, require_inside
+from embedkit.sources.videos.containers import Video, VideoFile, failure_of, import_av
+from embedkit.sources.videos.decoders import Decoders
+from embedkit.sources.videos.rates import Rate
 
 # Without .ts, which is TypeScript more often than MPEG; a video that is named itself may be called anything.
 VIDEO_SUFFIXES = (
@@ -27,47 +29,7 @@ VIDEO_SUFFIXES = (
 _FEW_FRAMES = 10_000  # As many are listed of any video, however small its file.
 _BYTES_A_FRAME = 32  # And one more for each of so many bytes: what claims to hold more is a lie or a still.
 _SIGN = "#t="
-
-
-class _Rate(NamedTuple):
-    """Frames a second, and the decimals with which their times are written."""
-
-    fps: Fraction
-    decimals: int
-
-    @classmethod
-    def of(cls, fps: float | str | Fraction) -> _Rate:
-        """Return a rate whose times are written exactly where six decimals do, and in milliseconds or finer if not."""
-        try:
-            rate = Fraction(str(fps))  # 29.97 is what it says, and not the nearest binary number.
-        except (ValueError, ZeroDivisionError):
-            rate = Fraction(0)
-        if not Fraction(1, 86_400) <= rate <= 1000:
-            raise ValueError(f"fps is a number above 0, from a frame a day to 1000 a second, got {fps!r}")
-        exact = next((places for places in range(1, 7) if (10**places / rate).denominator == 1), None)
-        return cls(rate, exact or (3 if rate <= 100 else 6))
-
-    @property
-    def unit(self) -> int:
-        """Return how often a second is divided."""
-        return int(10**self.decimals)
-
-    def count(self, seconds: Fraction) -> int:
-        """Return how many frames are taken of a video."""
-        return max(1, ceil(seconds * self.fps))
-
-    def times(self, count: int) -> npt.NDArray[np.int64]:
-        """Return the times of the first frames in units, sorted as their texts are.
-
-        They are rounded up, so that a player which is sent to that time shows that frame.
-        """
-        times = [-(-number * self.unit * self.fps.denominator // self.fps.numerator) for number in range(count)]
-        texts = np.array([self.text(time) for time in times], dtype="S")
-        return np.array(times, dtype=np.int64)[np.argsort(texts, kind="stable")]
-
-    def text(self, time: int) -> str:
-        """Return a time in seconds."""
-        return f"{time // self.unit}.{time % self.unit:0{self.decimals}d}"
+_DURATION = re.compile(r"([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]{1,12})?)")  # Of Matroska: 00:00:04.000000000
 
 
 class VideoFrame(NamedTuple):
@@ -75,19 +37,19 @@ class VideoFrame(NamedTuple):
 
     id: str
     label: str | None
-    path: str
+    file: VideoFile
     time: Fraction
     step: Fraction
     decoders: Decoders
 
     def status(self) -> tuple[int, int]:
-        """Return size and modification time of the video."""
-        return status_of(self.path)
+        """Return size and modification time of the video as it was listed: no other one is read."""
+        return self.file.size, self.file.mtime_ns
 
     def read(self) -> npt.NDArray[np.uint8]:
         """Return its pixels, upright."""
         try:
-            return self.decoders.read(self.path, self.id, self.time, self.step)
+            return self.decoders.read(self.file, self.id, self.time, self.step)
         except ImageError as error:  # A frame may have been tried on the way to another.
             raise (error if error.id == self.id else ImageError(self.id, error.reason, error.kind)) from None
 
@@ -96,11 +58,11 @@ class VideoFrame(NamedTuple):
 class _Frames(Entries):
     """The frames of some videos."""
 
-    root: str
     videos: Sequence[str]
+    files: Sequence[VideoFile]
     ends: npt.NDArray[np.int64]  # How many frames there are up to the end of each.
     times: npt.NDArray[np.int64]
-    rate: _Rate
+    rate: Rate
     shaped: bool
     decoders: Decoders
 
@@ -108,11 +70,11 @@ class _Frames(Entries):
         return len(self.times)
 
     def entry(self, number: int) -> VideoFrame:
-        video = self.videos[int(np.searchsorted(self.ends, number, side="right"))]
-        time = int(self.times[number])
+        which = int(np.searchsorted(self.ends, number, side="right"))
+        video, time = self.videos[which], int(self.times[number])
         return VideoFrame(
-            f"{video}{_SIGN}{self.rate.text(time)}", first_folder(video) if self.shaped else None,
-            os.path.join(self.root, video), Fraction(time, self.rate.unit), 1 / self.rate.fps, self.decoders,
+            f"{video}{_SIGN}{self.rate.text(time)}", first_folder(video) if self.shaped else None, self.files[which],
+            Fraction(time, self.rate.unit), 1 / self.rate.fps, self.decoders,
         )  # fmt: skip
 
 
@@ -180,55 +142,67 @@ def list_videos(
     MissingExtraError
         When PyAV is not installed.
     """
-    root, rate = os.fspath(root), _Rate.of(fps)
+    root, rate = os.fspath(root), Rate.of(fps)
     import_av()
     # A frame's id begins with its video's, so this is the order of the frames.
     ordered = sorted(videos, key=lambda video: os.fsencode(video + _SIGN))
     failures: list[ImageError] = []
-    found: list[tuple[str, int]] = []
+    found: list[_Found] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="embedkit-videos") as pool:
-        for video, count in zip(ordered, pool.map(lambda video: _count(root, video, rate), ordered), strict=True):
-            if isinstance(count, ImageError):
-                failures.append(count)
+        for one in pool.map(lambda video: _look(root, video, rate), ordered):
+            if isinstance(one, ImageError):
+                failures.append(one)
                 continue
-            most = _most_frames(os.path.join(root, video))
-            if count > most:
-                reason = f"it claims {count:,} frames at this rate; only the first {most:,} are listed"
-                failures.append(ImageError(video, reason, "too-large"))
-            found.append((video, min(count, most)))
-    times = [rate.times(count) for _, count in found]
+            if one.claimed > one.taken:
+                reason = f"it claims {one.claimed:,} frames at this rate; only the first {one.taken:,} are listed"
+                failures.append(ImageError(one.id, reason, "too-large"))
+            found.append(one)
+    times = [rate.times(one.taken) for one in found]
     return Listing(
         Path(root),
         _Frames(
-            root, [video for video, _ in found], np.cumsum([count for _, count in found], dtype=np.int64),
+            [one.id for one in found], [one.file for one in found], np.cumsum(list(map(len, times)), dtype=np.int64),
             np.concatenate([np.empty(0, dtype=np.int64), *times]), rate, shaped, Decoders(),
         ),
-        classes_of(first_folder(video) for video, _ in found) if shaped else [],
+        classes_of(first_folder(one.id) for one in found) if shaped else [],
         sorted(failures, key=by_bytes),
         0,
     )  # fmt: skip
 
 
-def _most_frames(path: str) -> int:
-    return max(_FEW_FRAMES, status_of(path)[0] // _BYTES_A_FRAME)
+class _Found(NamedTuple):
+    """A video, how many frames are taken of it, and how many it claims to have."""
+
+    id: str
+    file: VideoFile
+    taken: int
+    claimed: int
 
 
-def _count(root: str, id: str, rate: _Rate) -> int | ImageError:
+def _look(root: str, id: str, rate: Rate) -> _Found | ImageError:
     """Return how many frames are taken of a video, or why none is."""
     try:
         if _SIGN in require_inside(id):
             raise ImageError(id, f"a video whose name holds {_SIGN!r} would share ids with another", "refused")
-        path = os.path.join(root, id)
-        video = Video(path, id)
+        video = Video(os.path.join(root, id), id)
         try:
+            most = _most_frames(video.status)
             count = rate.count(_seconds(video))
-            if count > _most_frames(path):
+            if count > most:
                 count = rate.count(_measured(video))
-            return count
+            return _Found(id, video.file, min(count, most), count)
         finally:
             video.close()
     except ImageError as error:
         return error
+    except Exception as error:
+        return failure_of(error, id)
+
+
+def _most_frames(status: os.stat_result) -> int:
+    """Return how many frames a file can hold; holes hold none, where the file system knows them."""
+    used = getattr(status, "st_blocks", 0) * 512 or status.st_size
+    return max(_FEW_FRAMES, min(used, status.st_size) // _BYTES_A_FRAME)
 
 
 def _seconds(video: Video) -> Fraction:
@@ -236,12 +210,8 @@ def _seconds(video: Video) -> Fraction:
     stream, start = video.stream, video.start * video.time_base
     if stream.duration is not None:
         return Fraction(max(0, stream.duration * stream.time_base))
-    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")  # Of Matroska: 00:00:04.000000000
-    minutes, _, seconds = rest.partition(":")
-    try:
-        return max(Fraction(0), int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds) - start)
-    except (ValueError, ZeroDivisionError):
-        pass
+    if said := _DURATION.fullmatch(stream.metadata.get("DURATION", "")):
+        return max(Fraction(0), int(said[1]) * 3600 + int(said[2]) * 60 + Fraction(said[3]) - start)
     # The longest of its streams, which may be another, or nothing at all.
     longest = Fraction(video.container.duration or 0, video.av.time_base) - start
     if longest <= 0:

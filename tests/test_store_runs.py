@@ -391,7 +391,7 @@ def test_another_folder_does_not_throw_an_unfinished_run_away(
     (other / "cat").mkdir()
     (other / "x.jpg").unlink()
     (other / "cat" / "1.jpg").write_bytes(b"no image")  # Known by its id, and so no stranger.
-    with pytest.raises(ImageError, match="none of its 1 images could be read"):
+    with pytest.raises(ImageError, match="none of its 1 image could be read"):
         extract(other, tmp_path / "s.h5", backbone)
     assert sorted((tmp_path / "s.h5.parts").glob("part-*")) == parts
     run = Run(root, tmp_path / "s.h5", backbone)

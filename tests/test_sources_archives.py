@@ -129,6 +129,18 @@ def test_samples_have_the_labels_that_lie_beside_them(tmp_path: Path, way: str) 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("way", ["tar", "zip"])
+def test_a_sample_is_one_whatever_stands_between_its_members(tmp_path: Path, way: str) -> None:
+    members = {"a.cls": b"rose", "a.d/x.jpg": b"1", "a.jpg": b"2", "b.cls": b"li\0ly", "b.jpg": b"3", "c.a.cls": b"1st"}
+    listing = list_archive(WAYS[way](tmp_path / f"x.{way}", members | {"c.cls": b"2nd", "c.jpg": b"4"}))
+    assert [(file.id, file.label) for file in listing.files] == [
+        ("a.d/x.jpg", None), ("a.jpg", "rose"), ("b.jpg", None), ("c.jpg", "1st"),
+    ]  # fmt: skip
+    assert [(str(failure), failure.kind) for failure in listing.failures] == [
+        (r"b.cls: a label has no NUL: 'li\x00ly'", "refused")
+    ]
+
+
 def test_labels_without_images_are_no_images(tmp_path: Path) -> None:
     assert refusal(make_tar(tmp_path / "x.tar", {"000.cls": b"7", "001.cls": b""})).kind == "damaged"
     assert refusal(make_tar(tmp_path / "y.tar", {"000.cls": b"7"})).kind == "missing"
@@ -151,6 +163,8 @@ def test_the_kind_is_told_by_the_bytes_and_not_by_the_name(tmp_path: Path, way: 
         (b"7z\xbc\xaf\x27\x1c...", "7z archives are not read", "unsupported"),
         (b"Rar!\x1a\7...", "RAR archives are not read", "unsupported"),
         (b"\xff\xd8\xff" * 500, "no tar or zip archive", "not-an-image"),
+        (b"%PDF-1.7\n", "no tar or zip archive but a PDF document", "not-an-image"),
+        (b"Dear sir,\n" * 99, "no tar or zip archive but a text", "not-an-image"),
         (gzip.compress(b"text" * 1000), "no tar archive in it", "unsupported"),
         (bz2.compress(b""), "no images in it", "missing"),
         (b"\x28\xb5\x2f\xfd" + bytes(100), "Zstandard", "unsupported"),
@@ -163,6 +177,21 @@ def test_what_is_no_archive_is_told(tmp_path: Path, data: bytes, reason: str, ki
     path.write_bytes(data)
     error = refusal(path)
     assert reason in error.reason and error.kind == kind and str(path) in error.id
+
+
+def test_a_zip_archive_by_its_name_alone_is_told_or_read_as_what_it_is(tmp_path: Path) -> None:
+    fake, zipped = tmp_path / "fake.zip", make_zip(tmp_path / "x.zip", {"1.jpg": b"x"}).read_bytes()
+    for way in ("tar", "tar.gz"):
+        assert contents(list_archive(WAYS[way](fake, {"1.jpg": b"x"}))) == {"1.jpg": b"x"}
+    fake.write_bytes(b"MZ\x90\0" + b"program" * 99 + zipped)
+    assert contents(list_archive(fake)) == {"1.jpg": b"x"}  # One that unpacks itself.
+    for body, reason, kind in [
+        (b"Dear sir,\n" * 99, "no tar or zip archive but a text", "not-an-image"),
+        (b"", "the file is empty", "empty"),
+        (zipped[:-20], "its end is missing, where a zip archive has its directory", "truncated"),
+    ]:
+        fake.write_bytes(body)
+        assert (refusal(fake).reason, refusal(fake).kind) == (reason, kind)
 
 
 def test_no_file_a_folder_and_a_pipe_are_told_apart(tmp_path: Path) -> None:
@@ -276,14 +305,26 @@ def test_an_archive_that_was_written_to_meanwhile_is_not_read(tmp_path: Path, wa
     (file,) = list_archive(path).files
     with path.open("ab") as appended:
         appended.write(b"more")
-    with pytest.raises(ImageError, match=r"1\.jpg: the archive has changed since it was listed"):
+    with pytest.raises(ImageError, match=r"1\.jpg: the archive has changed since it was listed") as caught:
         file.read()
+    assert caught.value.kind == "unreadable"  # So that the next run tries again.
 
 
 @pytest.mark.parametrize("way", ["tar", "zip"])
 def test_an_entry_of_a_file_goes_to_other_processes(tmp_path: Path, way: str) -> None:
-    (file,) = list_archive(WAYS[way](tmp_path / f"x.{way}", {"1.jpg": b"x"})).files
-    assert pickle.loads(pickle.dumps(file)).read() == b"x"
+    path = WAYS[way](tmp_path / f"x.{way}", {"1.jpg": b"x"})
+    (file,) = list_archive(path).files
+    sent = pickle.dumps(file)
+    assert pickle.loads(sent).read() == b"x" and pickle.loads(sent).status() == file.status()
+    other = WAYS[way](tmp_path / f"other.{way}", {"1.jpg": b"y"})
+    os.utime(other, ns=(path.stat().st_mtime_ns, path.stat().st_mtime_ns))
+    os.replace(other, path)
+    with pytest.raises(ImageError, match="has changed since it was listed") as caught:
+        pickle.loads(sent).read()
+    assert caught.value.kind == "unreadable"
+    path.unlink()
+    with pytest.raises(ImageError, match="no such file"):
+        pickle.loads(sent).read()
 
 
 def test_an_archive_called_like_its_member_fails_under_another_name(tmp_path: Path) -> None:

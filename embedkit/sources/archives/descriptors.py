@@ -15,6 +15,7 @@ from embedkit.errors import ImageError
 
 MOST_OPEN = 64
 
+_CHANGED = "the archive has changed since it was listed"
 _lock = threading.Lock()
 _opened: deque[weakref.ref[SharedFile]] = deque()
 
@@ -38,6 +39,9 @@ class SharedFile:
         Absolute, so that it is found again from another working folder; of a file without a name, what it is called.
     size : int
         In bytes.
+    version : str
+        What tells it from another file of this name, or from this one once it is written to; nothing of a file without
+        a name.
 
     Raises
     ------
@@ -55,8 +59,9 @@ class SharedFile:
             if not stat.S_ISREG(status.st_mode):
                 what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
                 raise ImageError(os.fspath(path), f"{what}, not an archive", "not-an-image")
-            self.size = status.st_size
             self._identity = _identity(status)
+            self.size = status.st_size
+            self.version = f"{status.st_size} {status.st_mtime_ns}" if self._named else ""
             self._opened()
         except OSError as error:
             raise ImageError(os.fspath(path), *reason_of(error)) from error
@@ -64,7 +69,7 @@ class SharedFile:
     def __reduce__(self) -> tuple[Any, ...]:
         if not self._named:
             raise TypeError("a temporary file cannot be sent to another process")
-        return SharedFile, (self.path,)
+        return _reopened, (self.path, self.version, self._identity)
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset` on, or as many as there are before the end."""
@@ -83,7 +88,7 @@ class SharedFile:
         """Raise OSError when somebody has written to the file since it was first opened."""
         handle = self._handle or self._opened()
         if _identity(os.fstat(handle.descriptor)) != self._identity:
-            raise OSError(errno.ESTALE, "the archive has changed since it was listed")
+            raise OSError(errno.ESTALE, _CHANGED)
 
     def _opened(self) -> _Handle:
         with _lock:
@@ -97,7 +102,7 @@ class SharedFile:
                 if oldest is not None:
                     oldest._handle = None
         if _identity(os.fstat(handle.descriptor)) != self._identity:
-            raise OSError(errno.ESTALE, "the archive has changed since it was listed")
+            raise OSError(errno.ESTALE, _CHANGED)
         return handle
 
 
@@ -120,6 +125,14 @@ def reason_of(error: OSError) -> tuple[str, str]:
         return "no such file", "missing"
     kind = "permission" if isinstance(error, PermissionError) else "unreadable"
     return error.strerror or type(error).__name__, kind
+
+
+def _reopened(path: str, version: str, identity: tuple[int, ...]) -> SharedFile:
+    """Return a file as another process has listed it; when it is another one by now, reading says so."""
+    file = SharedFile.__new__(SharedFile)
+    file.path, file.version, file.size = path, version, identity[2]
+    file._named, file._handle, file._identity = True, None, identity
+    return file
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,12 +15,13 @@ from typing import BinaryIO, NamedTuple, cast
 
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES
+from embedkit.images.signatures import recognise
 from embedkit.sources.archives.catalogues import Catalogue, Columns
 from embedkit.sources.archives.descriptors import SharedFile, reason_of
 from embedkit.sources.archives.members import Member, Place
 from embedkit.sources.archives.spools import is_compressed, unpack
-from embedkit.sources.archives.tars import BLOCK, begins_tar, walk_tar
-from embedkit.sources.archives.zips import is_zip, read_member, walk_zip
+from embedkit.sources.archives.tars import BLOCK, begins_tar, next_header, walk_tar
+from embedkit.sources.archives.zips import has_directory, is_zip, read_member, walk_zip
 from embedkit.sources.entries import Entries, Entry, Listing, by_bytes, have_folders
 from embedkit.sources.folders import SUFFIXES
 from embedkit.sources.remote.downloads import download
@@ -106,6 +109,8 @@ def list_archive(
     Listing
         Sorted by the bytes of the ids. The time of an image is that of the member to the second; the digits below stand
         for its content: of a zip archive's member its checksum, of a tar archive's member the checksum of its end.
+        Where a tar archive's members have no times of their own, the digits stand for the whole archive, too, so that
+        an update reads them again when it is another one.
 
     Raises
     ------
@@ -126,7 +131,7 @@ def list_archive(
     """
     source = local_path(os.fspath(path))
     shown = public_url(source) if is_remote(source) else source
-    file = _located(source)
+    file = located = _located(source)
     ahead: Readable = ReadAhead(file) if isinstance(file, RangedFile) else file
     try:
         walked, zipped, problems = _opened(ahead, shown, max_unpacked_bytes)
@@ -134,10 +139,12 @@ def list_archive(
         catalogue = Catalogue(os.path.basename(file.path), _reader(walked, zipped), max_bytes)
         for problem in problems:
             catalogue.take(problem)
-        _take_all(catalogue, lambda: walk_zip(walked) if zipped else walk_tar(walked))
+        _take_all(catalogue, lambda: walk_zip(walked) if zipped else walk_tar(walked, is_cut=bool(problems)))
     except OSError as error:
         raise ImageError(shown, *reason_of(error)) from error
     columns = catalogue.columns()
+    if not zipped:  # Whose members have checksums.
+        columns = columns.stamped(_stamp(located))
     failures = catalogue.failures
     if not columns.ids and not catalogue.has_images:
         if failures:
@@ -184,20 +191,35 @@ def _located(source: str) -> Readable:
 def _opened(file: Readable, path: str, most_bytes: int | None) -> tuple[Readable, bool, list[Member]]:
     """Return the archive to read, whether it is a zip archive, and what was wrong with unpacking it."""
     called = path.lower()
-    if is_zip(file) or called.endswith(".zip"):
+    if is_zip(file):
         return file, True, []
     if is_compressed(file):
         unpacked, problem = unpack(file, most_bytes=most_bytes)
         return unpacked, False, [problem] if problem else []
     head = file.read_at(0, BLOCK)
-    if begins_tar(head) or (called.endswith(".tar") and head):
-        return file, False, []
     if not head:
         raise ImageError(path, "the file is empty", "empty")
+    if begins_tar(head) or (called.endswith(".tar") and next_header(file, BLOCK) < file.size):
+        return file, False, []
+    if called.endswith(".zip") and has_directory(file):  # One that unpacks itself begins as a program.
+        return file, True, []
     for magic, other in _OTHERS.items():
         if head.startswith(magic):
             raise ImageError(path, f"{other} archives are not read; tar and zip archives are", "unsupported")
-    raise ImageError(path, "no tar or zip archive", "not-an-image")
+    raise ImageError(path, f"no tar or zip archive{_likeness(head)}", "not-an-image")
+
+
+def _likeness(head: bytes) -> str:
+    """Return what a file is by its first bytes, as the end of a reason."""
+    found = recognise(head)
+    return f" but {found[0].removeprefix('not an image but ').partition(';')[0]}" if found else ""
+
+
+def _stamp(file: Readable) -> int:
+    """Return what that stands for the state of an archive, or for this listing where nothing tells states apart."""
+    if not file.version:
+        return time.time_ns()
+    return int.from_bytes(hashlib.sha256(f"{file.size} {file.version}".encode()).digest()[:8], "big")
 
 
 def _take_all(catalogue: Catalogue, walk: Callable[[], Iterator[Member]]) -> None:

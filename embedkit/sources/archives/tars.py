@@ -43,11 +43,12 @@ def begins_tar(block: bytes) -> bool:
     return len(block) == BLOCK and (not block.strip(b"\0") or _header(block) is not None)
 
 
-def walk_tar(file: Readable) -> Iterator[Member]:
+def walk_tar(file: Readable, *, is_cut: bool = False) -> Iterator[Member]:
     """Yield the members of a tar archive in their order; what is wrong with the archive itself has no name.
 
     A damaged header is left out, and the next one that is whole is looked for. Archives that were joined with ``cat``
-    are read through to the last.
+    are read through to the last. Zeros end an archive; without any there were more members, unless it is known already
+    that it `is_cut`.
     """
     offset, block = 0, b""
     extended: dict[bytes, bytes] = {}
@@ -65,7 +66,7 @@ def walk_tar(file: Readable) -> Iterator[Member]:
             if len(block) < BLOCK:
                 yield Member.fault(b"", "the archive ends within a header", "truncated")
                 return
-            found = _next_header(file, offset + BLOCK)
+            found = next_header(file, offset + BLOCK)
             yield Member.fault(b"", f"no header where there should be one, at byte {offset:,}", "damaged")
             offset, block, extended = found, b"", {}
             continue
@@ -99,6 +100,9 @@ def walk_tar(file: Readable) -> Iterator[Member]:
             yield Member.fault(name, f"the archive ends within this file of {size:,} bytes", "truncated")
             return
         yield _member(header, told, data, both[: size - (offset - last - data)])
+    if file.size and not ended and not is_cut:
+        reason = "the zeros that end an archive are missing: it was cut off, and members may be missing, too"
+        yield Member.fault(b"", reason, "truncated")
 
 
 def _header(block: bytes) -> _Header | None:
@@ -219,7 +223,7 @@ def _after_zeros(file: Readable, offset: int) -> int:
     return file.size
 
 
-def _next_header(file: Readable, offset: int) -> int:
+def next_header(file: Readable, offset: int) -> int:
     """Return where the next whole header lies, or the end."""
     size = 8 * BLOCK
     while len(piece := file.read_at(offset, size)) >= BLOCK:

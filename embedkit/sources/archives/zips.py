@@ -12,7 +12,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from embedkit.errors import ImageError
 from embedkit.sources.archives.members import Member, Place, modified
@@ -132,19 +132,30 @@ class _Stream:
         return self.piece[self.at - size : self.at]
 
 
-def _find_directory(file: Readable) -> _Directory:
+def has_directory(file: Readable) -> bool:
+    """Return whether a file ends like a zip archive."""
+    return _find_end(file) is not None
+
+
+def _find_end(file: Readable) -> tuple[int, tuple[Any, ...]] | None:
+    """Return where the end of an archive begins that follows its directory, and its fields."""
     tail_at = max(0, file.size - _MOST_COMMENT - _END.size)
     tail = file.read_at(tail_at, file.size - tail_at)
     at = tail.rfind(b"PK\5\6")
     while at >= 0:
         if at + _END.size <= len(tail):
-            _, disk, _, _, count, size, offset, comment = _END.unpack_from(tail, at)
-            if at + _END.size + comment <= len(tail):
-                break
+            fields = _END.unpack_from(tail, at)
+            if at + _END.size + fields[-1] <= len(tail):
+                return tail_at + at, fields
         at = tail.rfind(b"PK\5\6", 0, at)
-    if at < 0:
-        raise ImageError(file.path, "no zip archive, or its end is missing, where its directory is", "truncated")
-    end = tail_at + at
+    return None
+
+
+def _find_directory(file: Readable) -> _Directory:
+    found = _find_end(file)
+    if found is None:
+        raise ImageError(file.path, "its end is missing, where a zip archive has its directory", "truncated")
+    end, (_, disk, _, _, count, size, offset, _) = found
     if large := _find_large_end(file, end):
         end, disk, count, size, offset = large
     if disk:

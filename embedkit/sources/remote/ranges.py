@@ -26,6 +26,8 @@ class Readable(Protocol):
         What failures call it.
     size : int
         In bytes.
+    version : str
+        What tells it from a later one under the same name; empty when nothing does.
     """
 
     @property
@@ -36,6 +38,11 @@ class Readable(Protocol):
     @property
     def size(self) -> int:
         """How many bytes it has."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """What tells it from a later one."""
         ...
 
     def read_at(self, offset: int, size: int, /) -> bytes:
@@ -93,7 +100,7 @@ class ReadAhead:
     """
 
     def __init__(self, file: Readable) -> None:
-        self.file, self.path, self.size = file, file.path, file.size
+        self.file, self.path, self.size, self.version = file, file.path, file.size, file.version
         self._start, self._data, self._ahead = 0, b"", _LEAST_AHEAD
 
     def read_at(self, offset: int, size: int, /) -> bytes:
@@ -159,7 +166,7 @@ def _part(fs: Any, path: str, start: int, count: int) -> _Part | None:
         return None
     if not data and start < size:
         raise ConnectionError("nothing came")
-    return _Part(data, int(size), str(stamp_of(info)))
+    return _Part(data, int(size), str(stamp_of(info) or ""))
 
 
 def _web_part(fs: Any, url: str, start: int, count: int) -> _Part | None:

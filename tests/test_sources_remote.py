@@ -145,7 +145,7 @@ def test_names_that_climb_and_files_over_the_limit_are_failures(memory: fsspec.A
     listing = list_remote("memory://photos", max_bytes=5)
     assert [image.id for image in listing.files] == ["a/1.jpg"]
     assert [(error.id, error.kind) for error in listing.failures] == [
-        ("a/../../x.jpg", "refused"), ("big.jpg", "too-large"),
+        ("a/%2E%2E/%2E%2E/x.jpg", "refused"), ("big.jpg", "too-large"),
     ]  # fmt: skip
 
 
@@ -201,8 +201,8 @@ def test_an_index_page_leads_nowhere_else(world: World) -> None:
     listing = list_remote(f"{world.url}/p/", patience=QUICK)
     assert [image.id for image in listing.files] == ["1.jpg"]
     assert {(error.id, error.kind) for error in listing.failures} == {
-        ("../", "refused"), ("../x.jpg", "refused"), ("../y.jpg", "refused"), ("a/b.jpg", "refused"),
-        ("\0.jpg", "refused"),
+        ("%2E%2E/", "refused"), ("..%2Fx.jpg", "refused"), ("%2E%2E/y.jpg", "refused"), ("a%2Fb.jpg", "refused"),
+        ("%00.jpg", "refused"),
     }  # fmt: skip
     assert set(world.asked) == {"/p/"}
 
@@ -271,7 +271,7 @@ def test_only_a_passing_failure_is_tried_again(world: World, status: int, kind: 
     id, reason, found = failure(lambda: only(world, "1.jpg"))
     assert (id, found, len(asked)) == ("1.jpg", kind, tries)
     if tries > 1:
-        assert reason == "the server answers 500 (tried 4 times)"
+        assert reason == "the server answers 500; tried 4 times"
 
 
 def test_a_server_says_when_to_come_back() -> None:
@@ -297,7 +297,7 @@ def test_a_silent_server_is_given_up(world: World) -> None:
     world.pages["/1.jpg"] = silent
     patience = Patience(tries=2, delay=0.01, timeout=0.3)
     assert failure(lambda: only(world, "1.jpg", patience)) == (
-        "1.jpg", "no answer within 0.3 seconds (tried 2 times)", "unreadable",
+        "1.jpg", "no answer within 0.3 seconds; tried 2 times", "unreadable",
     )  # fmt: skip
     over.set()
 
@@ -305,14 +305,14 @@ def test_a_silent_server_is_given_up(world: World) -> None:
 def test_no_server_at_all_is_unreadable(world: World) -> None:
     (image,) = list_remote(f"{world.url}/1.jpg", patience=QUICK).files
     world.server.server_close()
-    id, reason, kind = failure(image.read)
-    assert (id, kind) == ("1.jpg", "unreadable") and "tried 4 times" in reason
+    reason = f"cannot connect to {world.url[7:]} (connection refused); tried 4 times"
+    assert failure(image.read) == ("1.jpg", reason, "unreadable")
 
 
 def test_a_body_shorter_than_announced_is_unreadable(world: World) -> None:
     world.pages["/1.jpg"] = lambda handler: send(handler, b"12345", length=500)
-    id, reason, kind = failure(lambda: only(world, "1.jpg"))
-    assert (id, kind) == ("1.jpg", "unreadable") and "tried 4 times" in reason
+    reason = "the connection broke off before all had come; tried 4 times"
+    assert failure(lambda: only(world, "1.jpg")) == ("1.jpg", reason, "unreadable")
 
 
 def test_a_body_longer_than_announced_is_never_taken_for_an_image_of_that_length(world: World) -> None:
@@ -444,7 +444,7 @@ def test_a_remote_file_that_cannot_be_read_is_named(world: World, memory: fsspec
     world.pages["/photos.tar"] = ranged(b"0123456789" * 10, [503] * 100)
     with open_remote(f"{world.url}/photos.tar?token=1", patience=QUICK) as file:
         assert failure(file.read) == (
-            f"{world.url}/photos.tar", "the server answers 503 (tried 4 times)", "unreadable",
+            f"{world.url}/photos.tar", "the server answers 503; tried 4 times", "unreadable",
         )  # fmt: skip
     world.pages["/whole.tar"] = lambda handler: send(handler, b"0123456789", Accept_Ranges="none")
     assert failure(lambda: open_remote(f"{world.url}/whole.tar", patience=QUICK))[1:] == (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from embedkit.sources.entries import (
     have_folders,
     require_inside,
 )
+from embedkit.sources.failing import harmless, is_encodable
 from embedkit.sources.folders import SUFFIXES, is_called, list_folder
 from embedkit.sources.remote.transfers import Patience, Place, connect, public_url, too_large
 from embedkit.sources.remote.versions import stamp_of
@@ -129,7 +131,7 @@ def list_remote(
     place, path = connect(url, patience or Patience(), storage_options)
     name = public_url(url)
     if "file" in np.atleast_1d(place.fs.protocol):
-        return _list_file(path) if os.path.isfile(path) else list_folder(path)
+        return _list_file(path, max_bytes) if os.path.isfile(path) else list_folder(path, max_bytes=max_bytes)
     failures: list[ImageError] = []
     if place.web:
         images, ignored = _list_web(place, url, failures, max_bytes)
@@ -141,10 +143,10 @@ def list_remote(
     return Listing(name, images, classes, sorted(failures, key=by_bytes), ignored)
 
 
-def _list_file(path: str) -> Listing:
+def _list_file(path: str, max_bytes: int) -> Listing:
     """List one file of this machine."""
     folder, name = os.path.split(path)
-    return Listing(folder, [ImageFile(name, path)], [], [], 0)
+    return Listing(folder, [ImageFile(name, path, None, max_bytes)], [], [], 0)
 
 
 def _list_web(place: Place, url: str, failures: list[ImageError], max_bytes: int) -> tuple[_RemoteImages, int]:
@@ -201,7 +203,10 @@ def _find(fs: Any, path: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _chosen(names: Iterable[str], failures: list[ImageError]) -> tuple[list[str], int]:
-    """Return the ids of images among some names, sorted by their bytes, and the number of the others."""
+    """Return the ids of images among some names, sorted by their bytes, and the number of the others.
+
+    An object may be called whatever its place takes, such as ``../x.jpg``.
+    """
     ids, ignored = [], 0
     for name in names:
         if not is_called(name, SUFFIXES):
@@ -210,9 +215,11 @@ def _chosen(names: Iterable[str], failures: list[ImageError]) -> tuple[list[str]
         try:
             require_inside(name)
         except ImageError as error:
-            failures.append(error)
+            failures.append(ImageError(harmless(name), error.reason, error.kind))
             continue
-        if name.startswith(".") or "/." in name:
+        if not is_encodable(name):
+            failures.append(ImageError(harmless(name), "its name is no text", "refused"))
+        elif name.startswith(".") or "/." in name:
             ignored += 1
         else:
             ids.append(name)
@@ -223,7 +230,12 @@ def _images(
     place: Place, root: WebFolder | str, found: Iterable[tuple[str, Mapping[str, Any]]], failures: list[ImageError],
     max_bytes: int,
 ) -> _RemoteImages:  # fmt: skip
-    """Make the images of what was found; those over the limit are failures."""
+    """Make the images of what was found; those over the limit are failures.
+
+    Where nothing is said of a version, the time of the listing stands for it, which no other listing has: an update
+    then reads the image, and keeps its row when its content is known.
+    """
+    listed_ns = time.time_ns()
     ids: list[str] = []
     sizes: list[int] = []
     stamps: list[int] = []
@@ -234,7 +246,7 @@ def _images(
             continue
         ids.append(id)
         sizes.append(max(size, 0))
-        stamps.append(stamp_of(info))
+        stamps.append(stamp_of(info) or listed_ns)
     return _RemoteImages(
         place,
         root,

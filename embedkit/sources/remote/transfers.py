@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import random
 import re
 import shutil
+import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,7 +72,7 @@ class Place:
             except Exception as error:  # Each kind of place has errors of its own.
                 kind, reason, again = _verdict(error, self.patience)
                 if not again or tried >= self.patience.tries:
-                    times = f" (tried {tried} times)" if tried > 1 else ""
+                    times = f"; tried {tried} times" if tried > 1 else ""
                     failure, wait = ImageError(id, reason + times, kind), 0.0
                 else:
                     failure, wait = None, self.patience.pause(tried, error)
@@ -223,8 +226,33 @@ def _verdict(error: Exception, patience: Patience) -> tuple[str, str, bool]:
         return "unreadable", f"the server answers {status}", status >= 500 or status in (408, 425, 429)
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return "unreadable", f"no answer within {patience.timeout:g} seconds", True
+    return "unreadable", _told(error), _is_passing(error)
+
+
+def _told(error: Exception) -> str:
+    """Return what went wrong on the way to a server, in words where the error's own are for programmers."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    host, port = getattr(error, "host", None), getattr(error, "port", None)
+    where = f"{host}:{port}" if port else str(host or "the server")
+    if isinstance(error, socket.gaierror) or "ClientConnectorDNSError" in names:
+        return f"the server {host} cannot be found" if host else "the server cannot be found"
+    if isinstance(error, ssl.CertificateError):
+        return f"the certificate of {where} cannot be trusted"
+    if isinstance(error, ssl.SSLError):
+        return f"cannot speak TLS with {where}"
+    number = error.errno if isinstance(error, OSError) else None
+    if "ClientConnectorError" in names:
+        return f"cannot connect to {where}" + (f" ({os.strerror(number).lower()})" if number else "")
+    if names & {"ServerDisconnectedError", "ConnectionResetError", "BrokenPipeError"}:
+        return "the server closed the connection"
+    if "ClientPayloadError" in names:
+        return "the connection broke off before all had come"
+    if number:
+        return os.strerror(number).lower()
     told = _line(error)
-    return "unreadable", f"{type(error).__name__}{': ' if told else ''}{told}", _is_passing(error)
+    if type(error) is ConnectionError and told:
+        return told
+    return f"{type(error).__name__}{': ' if told else ''}{told}"
 
 
 def _is_passing(error: Exception) -> bool:

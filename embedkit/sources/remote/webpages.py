@@ -9,6 +9,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from embedkit.errors import ImageError
 from embedkit.sources.entries import require_inside
+from embedkit.sources.failing import harmless
 from embedkit.sources.remote.transfers import Place, public_url, split_secrets
 
 # A server may make up links for ever.
@@ -93,13 +94,14 @@ class IndexWalk:
             path = _path_below(public_url(url), link)
             if path and below + path not in self._seen:
                 self._seen.add(below + path)
-                id = below + _decoded(path)
+                # A slash within a name stays encoded, for without it this may be another image's id.
+                id = below + "/".join(_decoded(piece).replace("/", "%2F") for piece in path.split("/"))
                 try:
-                    if _decoded(path).count("/") != path.count("/"):
+                    if id != below + _decoded(path):
                         raise ImageError(id, "a slash within a name", "refused")
                     yield require_inside(id)
                 except ImageError as error:
-                    self.failures.append(error)
+                    self.failures.append(ImageError(harmless(id), error.reason, error.kind))
 
 
 class _Links(HTMLParser):

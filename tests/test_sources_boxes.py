@@ -54,16 +54,17 @@ def test_sizes_are_added_before_they_are_rounded() -> None:
         ([{"x": 1}], "4 numbers, not 1"),
         ([7], "4 numbers, not 1"),
         (["a b c d"], "4 numbers, not 'a b c d'"),
-        (["1", "", "3", "4"], r"4 numbers, not \['1', '', '3', '4'\]"),
+        (["1", "", "3", "4"], r'4 numbers, not \["1", "", "3", "4"\]'),
+        ([[None, b"x", 1]], "4 numbers, not 3: .null, "),
         ([1, None, 3, 4], "4 numbers"),
         (["1 2 nan 4"], "of ordinary size"),
         (["1 2 inf 4"], "of ordinary size"),
         ([[1, 2, 3e9, 4]], "of ordinary size"),
         ([[1, 2, 10**400, 4]], "4 numbers"),
         (["0.1 0.2 0.5 1"], "in pixels, not in parts of the image"),
-        (["10 20 10 40"], "0 x 20 pixels holds nothing"),
-        (["30 20 10 40"], "-20 x 20 pixels holds nothing"),
-        (["5 5 5.3 9"], "0 x 4 pixels holds nothing"),
+        (["10 20 10 40"], "^a box from 10,20 to 10,40 holds nothing; if 10,40 is its size, say --box-format xywh$"),
+        (["30 20 -10 40"], "^a box from 30,20 to -10,40 holds nothing$"),
+        (["5 5 5.3 9"], "^a box from 5,5 to 5,9 holds nothing"),
         (["x" * 10_000], "^.{1,150}$"),
     ],
 )
@@ -74,3 +75,8 @@ def test_what_is_no_box_says_why(values: list[Any], reason: str) -> None:
 
 def test_a_fragment_names_left_top_width_and_height() -> None:
     assert fragment((10, 20, 30, 60)) == "#xywh=10,20,20,40"
+
+
+def test_a_size_that_is_none_is_told_by_its_edges() -> None:
+    with pytest.raises(ValueError, match=r"^a box from 50,50 to 10,60 holds nothing$"):
+        read_box(["50 50 -40 10"], "xywh")

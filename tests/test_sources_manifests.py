@@ -110,7 +110,7 @@ def test_entries_are_a_sequence_sorted_by_the_bytes_of_their_ids(tmp_path: Path)
     "name", ["path", "image", "Image Path", "FILE", "file_name", "filename", "img-path", "filepath"]
 )
 def test_columns_are_found_by_their_usual_names(tmp_path: Path, name: str) -> None:
-    for label in ("label", "Class", "category", "target", "class_name", "species"):
+    for label in ("label", "Class", "category", "target", "class_name", "species", "labels", "Categories", "tags"):
         assert listed(list_manifest(write(tmp_path / "m.csv", f"x,{label},{name}", "1,cat,a.jpg"))) == [
             ("a.jpg", "cat")
         ]
@@ -159,10 +159,9 @@ def test_many_columns_are_not_all_shown(tmp_path: Path) -> None:
     assert len(refused(path)) < 600
 
 
-def test_unknown_roles_and_formats_are_mistakes_of_the_caller(tmp_path: Path) -> None:
+def test_unknown_roles_and_formats_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", "path", "a.jpg")
-    with pytest.raises(ValueError, match="not for colour"):
-        list_manifest(path, columns={"colour": "path"})
+    assert "columns for path, id, label, split, box, not for colour" in refused(path, columns={"colour": "path"})
     with pytest.raises(ValueError, match="box_format is one of xyxy, xywh, got 'yxyx'"):
         list_manifest(path, box_format="yxyx")
 
@@ -188,10 +187,11 @@ def test_numbers_are_classes_and_nothing_is_none(tmp_path: Path) -> None:
 
 def test_several_labels_in_a_row_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", '{"path": "a", "labels": 1, "label": "x"}', '{"path": "b", "label": ["x", "y"]}')
-    assert refused(path) == (
-        "line 2: the column 'label' holds list, not one text or number; name another: --columns label=COLUMN"
-    )
+    reason = "holds several values, not one text or number; name another: --columns label=COLUMN, or none: --columns "
+    assert refused(path) == f"line 2: the column 'label' {reason}label="
     assert listed(list_manifest(path, columns={"label": ""})) == [("a", None), ("b", None)]
+    path = write(tmp_path / "m.jsonl", '{"path": "a", "labels": "x"}', '{"path": "b", "labels": ["x", "y"]}')
+    assert refused(path) == f"line 2: the column 'labels' {reason}label="
 
 
 def test_parquet_with_nulls(tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_a_class_that_a_store_cannot_hold_is_a_bad_row(tmp_path: Path, label: st
 
 def test_the_name_of_a_bad_row_is_no_images(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", "path", "../x.jpg", "m.csv#line=2")
-    assert "has the id 'm.csv#line=2', which is that of a bad row" in refused(path)
+    assert "has the id 'm.csv#line=2', that of a bad row" in refused(path)
 
 
 def test_when_no_row_is_good_the_first_says_why(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", "path", *(f"/elsewhere/{number}.jpg" for number in range(5000)))
     reason = refused(path)
-    assert reason.startswith("none of 1,000 rows names an image; the first: m.csv#line=2: '/elsewhere/0.jpg' is not be")
+    assert reason.startswith("none of 1,000 rows can be used; the first: m.csv#line=2: '/elsewhere/0.jpg' is not be")
     assert reason.endswith("--root")
 
 
@@ -432,8 +432,8 @@ def test_a_bad_box_costs_its_row_and_names_the_line(tmp_path: Path) -> None:
     listing = list_manifest(write(tmp_path / "m.jsonl", *lines))
     assert [file.id for file in listing.files] == ["a#xywh=0,0,5,5"]
     assert [str(failure) for failure in listing.failures] == [
-        "m.jsonl#line=1: a box has 4 numbers, not 3: [1, 2, 3]",
-        "m.jsonl#line=2: a box of -8 x -8 pixels holds nothing (xyxy): [9, 9, 1, 1]",
+        "m.jsonl#line=1: a: a box has 4 numbers, not 3: [1, 2, 3]",
+        "m.jsonl#line=2: a: a box from 9,9 to 1,1 holds nothing; if 1,1 is its size, say --box-format xywh",
     ]
     assert {failure.kind for failure in listing.failures} == {"damaged"}
 

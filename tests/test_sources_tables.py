@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from embedkit import ImageError, MissingExtraError
-from embedkit.sources.tables.rows import open_table, text_of
+from embedkit.sources.tables.rows import BadRowError, open_table, text_of
 
 
 def table(tmp_path: Path, name: str, content: bytes | str) -> Path:
@@ -17,8 +17,12 @@ def table(tmp_path: Path, name: str, content: bytes | str) -> Path:
     return path
 
 
-def rows(path: Path, *columns: str) -> list[tuple[int, list[Any]]]:
-    return [(number, list(values)) for number, values in open_table(path).rows(columns)]
+def rows(path: Path, *columns: str) -> list[tuple[int, Any]]:
+    """Return the rows of a table, of a bad one the reason."""
+    return [
+        (number, values.args[0] if isinstance(values, BadRowError) else list(values))
+        for number, values in open_table(path).rows(columns)
+    ]
 
 
 def refused(path: Path, *columns: str) -> ImageError:
@@ -73,29 +77,53 @@ def test_empty_tables_have_no_columns_and_a_header_has_no_rows(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("lines", "bad", "reason"),
     [
-        ("path,label\na.jpg,cat\nb.jpg\n", "line 3: 1 values for 2 columns; quote values that contain a comma"),
-        ("path,label\na.jpg,cat,x\n", "line 2: 3 values for 2 columns"),
-        ('path,label\na.jpg,cat\n"b.jpg,x\nc.jpg,y\n', "line 3: .*is a quotation mark left open"),
-        ('path,label\na.jpg,cat\n"b"x.jpg,x\n', "line 3: .*expected after"),
-        ("path,label\na.jpg," + "x" * 200_000, "line 2: field larger than field limit"),
-        (b"path\n" + b"\xff\xfe", None),
-        ("path\n".encode("utf-16"), "its text is UTF-16; save it as UTF-8"),
+        (["b.jpg"], [3], "1 value for 2 columns; quote values that contain a comma"),
+        (["b.jpg,cat,x"], [3], "3 values for 2 columns; quote values that contain a comma"),
+        (['"b.jpg,x'], [3], "',' expected after '\"'; is a quotation mark left open?"),
+        (['"b"x.jpg,x'], [3], "',' expected after '\"'; is a quotation mark left open?"),
+        (["b.jpg," + "x" * 200_000], [3], "field larger than field limit (131072); is a quotation mark left open?"),
+        (['"b.jpg,x', 'c.jpg,y"'], [3], "1 value for 2 columns; is a quotation mark left open?"),
     ],
-    ids=["short", "long", "open quote", "text after a quote", "giant field", "odd bytes", "utf-16"],
+    ids=["short", "long", "open quote", "text after a quote", "giant field", "open over two lines"],
 )
-def test_a_broken_line_of_csv_is_named(tmp_path: Path, content: bytes | str, reason: str | None) -> None:
-    path = table(tmp_path, "t.csv", content)
-    if reason is None:
-        assert rows(path, "path") == [(2, ["\udcff\udcfe"])]
-    else:
-        with pytest.raises(ImageError, match=reason):
-            rows(path, "path")
+def test_a_broken_line_of_csv_costs_itself_alone(tmp_path: Path, lines: list[str], bad: list[int], reason: str) -> None:
+    path = table(tmp_path, "t.csv", "\n".join(["path,label", "a.jpg,cat", *lines, '"y,.jpg",ox', "z.jpg,dog"]))
+    found = dict(rows(path, "path"))
+    last = 2 + len(lines)
+    assert found[2] == ["a.jpg"] and found[last + 1] == ["y,.jpg"] and found[last + 2] == ["z.jpg"]
+    assert [number for number, row in found.items() if isinstance(row, str)] == bad
+    assert found[bad[0]] == reason and len(found) == last + 1
+
+
+def test_a_quotation_mark_that_is_never_closed_costs_its_line(tmp_path: Path) -> None:
+    many = [f"{number}.jpg,cat" for number in range(20_000)]  # More than a field may hold.
+    for after in (many[:3], many):
+        path = table(tmp_path, "t.csv", "\n".join(["path,label", "a.jpg,cat", '"b.jpg,x', *after]))
+        found = rows(path, "path")
+        assert [number for number, row in found if isinstance(row, str)] == [3]
+        assert len(found) == 2 + len(after) and found[-1] == (3 + len(after), [after[-1].partition(",")[0]])
+
+
+def test_a_broken_header_of_csv_is_an_error_of_the_table(tmp_path: Path) -> None:
+    reason = refused(table(tmp_path, "t.csv", '"path"x,label\na.jpg,cat\n')).reason
+    assert reason.startswith("line 1: ") and "quotation mark" in reason
+
+
+def test_bytes_that_are_no_text_and_utf_16_are_told_apart(tmp_path: Path) -> None:
+    assert rows(table(tmp_path, "t.csv", b"path\n" + b"\xff\xfe"), "path") == [(2, ["\udcff\udcfe"])]
+    assert "its text is UTF-16; save it as UTF-8" in refused(table(tmp_path, "t.csv", "path\n".encode("utf-16"))).reason
 
 
 def test_a_tab_is_called_a_tab(tmp_path: Path) -> None:
-    assert "contain a tab" in refused(table(tmp_path, "t.tsv", "path\tlabel\na.jpg\n"), "path").reason
+    ((_, reason),) = rows(table(tmp_path, "t.tsv", "path\tlabel\na.jpg\n"), "path")
+    assert "contain a tab" in reason
+
+
+def test_a_record_without_an_end_is_not_read_as_a_whole(tmp_path: Path) -> None:
+    path = table(tmp_path, "t.csv", "path,label\n" + ('"' + "x" * 100_000 + '\n",') * 400)
+    assert "has more than 33,554,432 characters" in refused(path, "path").reason
 
 
 def test_a_file_without_line_breaks_is_not_read_as_a_whole(tmp_path: Path) -> None:
@@ -115,17 +143,25 @@ def test_json_lines_may_each_have_other_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"path": "b.jpg"', "line 2 is not JSON: "),
-        ("b.jpg", "line 2 is not JSON: "),
-        ('["b.jpg"]', 'line 2 is not an object such as {"path": "1.jpg"}'),
-        ("[" * 200_000, "line 2 is not JSON: "),
-        ('{"path": ' + "9" * 5000 + "}", "line 2 is not JSON: "),
+        ('{"path": "b.jpg"', "not JSON: Expecting ',' delimiter"),
+        ("b.jpg", "not JSON: "),
+        ('["b.jpg"]', 'not an object such as {"path": "1.jpg"}'),
+        ("[" * 200_000, "not JSON: "),
+        ('{"path": ' + "9" * 5000 + "}", "not JSON: "),
     ],
     ids=["cut", "text", "list", "deep", "giant number"],
 )
-def test_a_broken_line_of_json_is_named(tmp_path: Path, line: str, reason: str) -> None:
-    error = refused(table(tmp_path, "t.jsonl", '{"path": "a.jpg"}\n' + line + "\n"), "path")
-    assert error.reason.startswith(reason)
+def test_a_broken_line_of_json_costs_itself_alone(tmp_path: Path, line: str, reason: str) -> None:
+    path = table(tmp_path, "t.jsonl", '{"path": "a.jpg"}\n' + line + '\n{"path": "c.jpg"}\n')
+    first, (number, bad), last = rows(path, "path")
+    assert (first, number, last) == ((1, ["a.jpg"]), 2, (3, ["c.jpg"]))
+    assert bad.startswith(reason) and len(bad) < 300
+
+
+def test_json_lines_of_which_none_is_an_object_are_an_error(tmp_path: Path) -> None:
+    error = refused(table(tmp_path, "t.jsonl", "\n[1]\n[2]\n"))
+    assert error.reason == 'none of 2 lines can be used; the first: line 2: not an object such as {"path": "1.jpg"}'
+    assert refused(table(tmp_path, "t.jsonl", "x\n" * 5000)).reason.startswith("none of 1,000 lines can be used")
 
 
 def test_keys_without_end_are_an_error(tmp_path: Path) -> None:

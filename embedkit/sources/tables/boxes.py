@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
+
+from embedkit.sources.failing import quoted
+from embedkit.text import printable
 
 Box = tuple[int, int, int, int]
 
@@ -66,9 +70,10 @@ def read_box(values: Sequence[Any], box_format: str) -> Box | None:
         raise ValueError(f"a box is in pixels, not in parts of the image: {_shown(values)}")
     left, top, right, bottom = (math.floor(number + 0.5) for number in numbers)
     if right <= left or bottom <= top:
-        raise ValueError(
-            f"a box of {right - left} x {bottom - top} pixels holds nothing ({box_format}): {_shown(values)}"
-        )
+        reason = f"a box from {left},{top} to {right},{bottom} holds nothing"
+        if box_format == "xyxy" and right > 0 and bottom > 0:
+            reason += f"; if {right},{bottom} is its size, say --box-format xywh"
+        raise ValueError(reason)
     return left, top, right, bottom
 
 
@@ -93,4 +98,11 @@ def _is_empty(part: Any) -> bool:
 
 
 def _shown(values: Sequence[Any]) -> str:
-    return repr(values[0] if len(values) == 1 else list(values))[:100]
+    """Return what a row has for a box, as tables write it."""
+    value = values[0] if len(values) == 1 else list(values)
+    if isinstance(value, str):
+        return quoted(value, 100)
+    try:
+        return printable(json.dumps(value, ensure_ascii=False, default=str)[:100])
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"

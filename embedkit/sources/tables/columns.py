@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from embedkit.errors import ImageError
+from embedkit.sources.failing import quoted
 from embedkit.sources.tables.boxes import COLUMN_NAMES, CORNER_NAMES
 from embedkit.sources.tables.rows import Table, wrong
 
@@ -17,6 +18,8 @@ USUAL_NAMES = {
     "label": ("label", "class", "category", "target", "classname", "labelname", "categoryname", "species"),
     "split": ("split", "set", "subset", "partition"),
 }
+# Where there is no other, of tables in which an image may have several.
+_PLURALS = ("labels", "classes", "categories", "targets", "classnames", "labelnames", "categorynames", "tags")
 # Of tables of images on the web, in which other columns may name files, too.
 _URL_NAMES = ("url", "imageurl", "uri")
 _SEPARATORS = re.compile(r"[\s_-]+")
@@ -60,9 +63,8 @@ def choose_columns(table: Table, named: Mapping[str, str], box_format: str | Non
     if not table.columns:
         raise wrong(table.path, "is empty; its first line names its columns", "empty")
     if unknown := named.keys() - {*USUAL_NAMES, "box"}:
-        raise ValueError(
-            f"columns can be named for path, id, label, split and box, not for {', '.join(sorted(unknown))}"
-        )
+        roles = ", ".join((*USUAL_NAMES, "box"))
+        raise wrong(table.path, f"--columns names columns for {roles}, not for {', '.join(sorted(unknown))}", "refused")
     path = _named(table, named, "path")
     if path is None and "path" not in named:
         path = next((name for name in table.columns if _plain(name) in _URL_NAMES), None)
@@ -76,7 +78,7 @@ def choose_columns(table: Table, named: Mapping[str, str], box_format: str | Non
     names = list(dict.fromkeys(name for name in (path, id, label, part, *boxes) if name is not None))
     for name in names:
         if table.columns.count(name) > 1:
-            raise wrong(table.path, f"two columns are called {name!r}; rename one")
+            raise wrong(table.path, f"two columns are called {quoted(name)}; rename one")
 
     def at(name: str | None) -> int | None:
         return None if name is None else names.index(name)
@@ -94,6 +96,8 @@ def _named(table: Table, named: Mapping[str, str], role: str) -> str | None:
             raise _absent(table, role, name)
         return name or None
     found = [name for name in dict.fromkeys(table.columns) if _plain(name) in USUAL_NAMES[role]]
+    if not found and role == "label":
+        found = [name for name in dict.fromkeys(table.columns) if _plain(name) in _PLURALS]
     if len(found) > 1:
         raise _doubtful(table, role, found)
     return next(iter(found), None)
@@ -132,7 +136,7 @@ def _plain(name: str) -> str:
 
 def _shown(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(repr(name[:100]) for name in names[:20]) + (", ..." if len(names) > 20 else "")
+    return ", ".join(quoted(name, 100) for name in names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def _doubtful(table: Table, role: str, found: list[str]) -> ImageError:
@@ -143,7 +147,7 @@ def _doubtful(table: Table, role: str, found: list[str]) -> ImageError:
 
 
 def _absent(table: Table, role: str, name: str) -> ImageError:
-    reason = f"no column is called {name!r}, named for the {role}; there are {_shown(table.columns)}"
+    reason = f"no column is called {quoted(name)}, named for the {role}; there are {_shown(table.columns)}"
     return wrong(table.path, reason, "unsupported")
 
 

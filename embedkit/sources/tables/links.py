@@ -10,6 +10,7 @@ import os
 import posixpath
 import re
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,12 +24,14 @@ import numpy.typing as npt
 
 from embedkit.errors import ImageError
 from embedkit.images import Region
+from embedkit.sources.failing import quoted
 from embedkit.sources.remote.downloads import download
 from embedkit.sources.remote.transfers import Patience, Place, connect, public_url
 from embedkit.sources.remote.versions import stamp_of
 from embedkit.sources.remote.webpages import WebFolder, path_within, web_folder
 from embedkit.sources.tables.boxes import Box
-from embedkit.sources.tables.roots import BadRowError, Look, boxed_status, cut, plain, require_no_climb
+from embedkit.sources.tables.roots import Look, plain, require_no_climb, row_status
+from embedkit.sources.tables.rows import BadRowError
 
 _ASKED_AT_ONCE = 16
 _PORTS = {"http": 80, "https": 443}
@@ -46,7 +49,7 @@ class LinkedImage(NamedTuple):
 
     def status(self) -> tuple[int, int]:
         """Return size, and a number that stands for the version; both as they were when the listing was made."""
-        return boxed_status(self.look, self.box)
+        return row_status(self.look, self.id, self.path, self.box)
 
     def read(self) -> bytes | Region:
         """Download it."""
@@ -70,16 +73,16 @@ class UrlRoot:
         if "://" in path:
             path = self._below(path)
         elif path.startswith("/"):
-            raise BadRowError(f"{cut(path)} is a path of a machine; write it relative to {self.name}", "refused")
+            raise BadRowError(f"{quoted(path)} is a path of a machine; write it relative to {self.name}", "refused")
         require_no_climb(path)
         return plain(path, given)
 
     def look(self, paths: Iterable[str]) -> npt.NDArray[np.int64]:
-        """Return size and version of each file, as far as the place tells."""
-        paths = list(paths)
+        """Return size and version of each file; where the place tells no version, the time stands for it."""
+        paths, listed_ns = list(paths), time.time_ns()
         unique = list(dict.fromkeys(paths))
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            found = dict(zip(unique, pool.map(self._look, unique), strict=True))
+            found = dict(zip(unique, pool.map(lambda path: self._look(path, listed_ns), unique), strict=True))
         return np.array([found[path] for path in paths], dtype=np.int64).reshape(-1, 2)
 
     def image(self, id: str, path: str, label: str | None, box: Box | None, look: Look | None) -> LinkedImage:
@@ -90,16 +93,16 @@ class UrlRoot:
         """Return what the place calls a file."""
         return self.folder.request(path) if isinstance(self.folder, WebFolder) else self.folder + path
 
-    def _look(self, path: str) -> Look:
+    def _look(self, path: str, listed_ns: int) -> Look:
         try:
             info = self.place.fs.info(self.request(path))
         except Exception:  # What is wrong with an image is found when it is read.
-            return 0, 0
-        return max(int(info.get("size") or 0), 0), stamp_of(info)
+            return 0, listed_ns
+        return max(int(info.get("size") or 0), 0), stamp_of(info) or listed_ns
 
     def _below(self, url: str) -> str:
         """Return what a URL has below this one."""
-        shown = cut(public_url(url))
+        shown = quoted(public_url(url))
         outside = BadRowError(f"{shown} is not below {self.name}; name the URL that all are below: --root", "refused")
         if not isinstance(self.folder, WebFolder):
             if not url.startswith(self.name):

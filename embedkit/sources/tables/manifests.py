@@ -18,15 +18,15 @@ import numpy.typing as npt
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES
 from embedkit.sources.entries import Entries, Entry, Listing, classes_of
+from embedkit.sources.failing import quoted
 from embedkit.sources.filelists import sorting_key
 from embedkit.sources.remote.transfers import is_remote, local_path
 from embedkit.sources.tables.boxes import BOX_FORMATS, Box, fragment, read_box
 from embedkit.sources.tables.columns import Columns, choose_columns
 from embedkit.sources.tables.links import downloaded, folder_url, open_root
-from embedkit.sources.tables.roots import BadRowError, FolderRoot, Root, check_text, checked_id, cut
-from embedkit.sources.tables.rows import Table, open_table, text_of, wrong
-
-_HOPELESS = 1000  # So many bad rows before the first good one are a mistake in the command.
+from embedkit.sources.tables.roots import FolderRoot, Root, check_text, checked_id
+from embedkit.sources.tables.rows import HOPELESS, BadRowError, Table, open_table, text_of, wrong
+from embedkit.text import printable
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def list_manifest(
 
     Each row is an image. Its columns are found by what they are usually called, such as ``image_path``, ``class`` or
     ``bbox``, in any case; where that leaves a doubt, `columns` settles it. A row that cannot be used, such as one whose
-    path leads out of the root, is a failure that is called after its line: ``flowers.csv#line=7``.
+    path leads out of the root or that has a value too many, is a failure that is called after its line:
+    ``flowers.csv#line=7``.
 
     Parameters
     ----------
@@ -165,7 +166,7 @@ class _Reading:
             try:
                 self._add(line, values)
             except BadRowError as bad:
-                self._fail(line, *bad.args)
+                self._fail(line, bad)
         self._require_rows()
         order = self._order()
         classes = classes_of(self.classes)
@@ -184,7 +185,9 @@ class _Reading:
         failures = sorted(self.failures, key=lambda bad: os.fsencode(bad.id))
         return Listing(self.root.name, files, classes, failures, 0, has_paths=not self.paths)
 
-    def _add(self, line: int, values: Sequence[Any]) -> None:
+    def _add(self, line: int, values: Sequence[Any] | BadRowError) -> None:
+        if isinstance(values, BadRowError):
+            raise values
         columns = self.columns
         if columns.split is not None:
             part = self._text(line, "split", values[columns.split])
@@ -195,15 +198,20 @@ class _Reading:
         if named is None:
             raise BadRowError("it names no path", "missing")
         path = self.root.relative(named)
-        box = self._box(values) if columns.box else None
         label = None if columns.label is None else self._text(line, "label", values[columns.label])
-        if label is not None and label not in self.classes:
-            check_text(label, "class")
-        if columns.id is None:
-            id = path if box is None else checked_id(path + fragment(box))
-        else:
-            # The path itself may be the id, that of a box too.
-            id = checked_id(self._text(line, "id", values[columns.id])) if columns.id else path
+        own = self._text(line, "id", values[columns.id]) if columns.id else path
+        try:
+            box = self._box(values) if columns.box else None
+            if label is not None and label not in self.classes:
+                check_text(label, "class")
+            if columns.id is not None:  # The path itself may be the id, that of a box too.
+                id = checked_id(own)
+            else:
+                id = path if box is None else checked_id(path + fragment(box))
+        except BadRowError as bad:
+            reason, kind = bad.args
+            raise BadRowError(f"{printable(path[:200])}: {reason}", kind) from bad
+        if columns.id is not None:
             self.paths.append(path)
         self.ids.append(id)
         self.lines.append(line)
@@ -220,7 +228,8 @@ class _Reading:
             column = self.columns.names[self.columns.at(role)]
             raise wrong(
                 self.table.path,
-                f"{self.table.unit} {line:,}: the column {column!r} {error}; name another: --columns {role}=COLUMN",
+                f"{self.table.unit} {line:,}: the column {quoted(column)} {error}; name another: --columns "
+                f"{role}=COLUMN{', or none: --columns ' + role + '=' if role in ('id', 'label') else ''}",
                 "unsupported",
             ) from error
 
@@ -230,9 +239,9 @@ class _Reading:
         except ValueError as error:
             raise BadRowError(str(error), "damaged") from error
 
-    def _fail(self, line: int, reason: str, kind: str) -> None:
-        self.failures.append(ImageError(f"{self.table.path.name}#{self.table.unit}={line}", reason, kind))
-        if len(self.failures) == _HOPELESS and not self.ids:
+    def _fail(self, line: int, bad: BadRowError) -> None:
+        self.failures.append(ImageError(f"{self.table.path.name}#{self.table.unit}={line}", *bad.args))
+        if len(self.failures) == HOPELESS and not self.ids:
             self._require_rows()
 
     def _require_rows(self) -> None:
@@ -241,13 +250,13 @@ class _Reading:
         if self.failures:
             first = self.failures[0]
             count = f"{len(self.failures):,}"
-            raise wrong(self.table.path, f"none of {count} rows names an image; the first: {first}", first.kind)
+            raise wrong(self.table.path, f"none of {count} rows can be used; the first: {first}", first.kind)
         if self.splits:
             found = ", ".join(
-                f"{'none' if name is None else cut(name)} ({count:,} rows)"
+                f"{'none' if name is None else quoted(name)} ({count:,} rows)"
                 for name, count in self.splits.most_common(10)
             )
-            raise wrong(self.table.path, f"no rows of the split {self.split!r}; it has {found}", "empty")
+            raise wrong(self.table.path, f"no rows of the split {quoted(self.split or '')}; it has {found}", "empty")
         raise wrong(self.table.path, "has columns and no rows", "empty")
 
     def _order(self) -> npt.NDArray[np.int64]:
@@ -258,14 +267,14 @@ class _Reading:
             if ids[left] == ids[right]:
                 raise self._twice(ids[left], *sorted((self.lines[left], self.lines[right])))
         if twice := {failure.id for failure in self.failures}.intersection(ids):
-            raise wrong(self.table.path, f"a row has the id {min(twice)!r}, which is that of a bad row", "refused")
+            raise wrong(self.table.path, f"a row has the id {quoted(min(twice))}, that of a bad row", "refused")
         return np.array(order, dtype=np.int64)
 
     def _twice(self, id: str, first: int, second: int) -> ImageError:
         where = f"{self.table.unit}s {first:,} and {second:,}"
         if self.columns.id is None:
-            reason = f"{where} both name {id!r}; keep one of them, or name a column of ids: --columns id=COLUMN"
+            reason = f"{where} both name {quoted(id)}; keep one of them, or name a column of ids: --columns id=COLUMN"
         else:
             column = self.columns.names[self.columns.id]
-            reason = f"{where} have the same {column} {id!r}; name another column of ids, or none: --columns id="
+            reason = f"{where} have the same {column} {quoted(id)}; name another column of ids, or none: --columns id="
         return wrong(self.table.path, reason, "refused")

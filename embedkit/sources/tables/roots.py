@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
@@ -16,18 +17,15 @@ import numpy.typing as npt
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES, Region, read_bytes
 from embedkit.sources.entries import GONE, Entry, require_inside, status_of
+from embedkit.sources.failing import MAX_TEXT_BYTES, find_flaw, quoted
 from embedkit.sources.filelists import absolute
 from embedkit.sources.tables.boxes import Box, fragment
+from embedkit.sources.tables.rows import BadRowError
 
-_MAX_NAME_BYTES = 4096  # Of an id or a class.
 # What is not a plain path below a root, character by character; one search settles the usual case.
 _ODD = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\0\\:]|[^\x00-\x7f]")
 
 Look = tuple[int, int]
-
-
-class BadRowError(Exception):
-    """A row that cannot be used: why, and of what kind."""
 
 
 class Root(Protocol):
@@ -62,14 +60,15 @@ class ListedImage(NamedTuple):
 
     id: str
     path: str
+    named: str  # The path below the root.
     label: str | None = None
     box: Box | None = None
     within: str | None = None  # Where links must not lead out of.
     max_bytes: int = MAX_BYTES
 
     def status(self) -> tuple[int, int]:
-        """Return size and modification time; of a file that is gone, what no file has."""
-        return boxed_status(status_of(self.path), self.box)
+        """Return what stands for the content; of a file that is gone, what no file has."""
+        return row_status(status_of(self.path), self.id, self.named, self.box)
 
     def read(self) -> bytes | Region:
         """Return the bytes of the file, and the box if there is one."""
@@ -101,11 +100,11 @@ class FolderRoot:
 
     def relative(self, path: str) -> str:
         """Return a path relative to the folder, without detours."""
-        if not _ODD.search(path) and len(path) <= _MAX_NAME_BYTES:
+        if not _ODD.search(path) and len(path) <= MAX_TEXT_BYTES:
             return path
         given, path = path, path.replace("\\", "/") if os.name == "nt" else path
         if "://" in path:
-            reason = f"{cut(given)} is a URL; name the one that all images are below: --root https://host/photos/"
+            reason = f"{quoted(given)} is a URL; name the one that all images are below: --root https://host/photos/"
             raise BadRowError(reason, "refused")
         require_no_climb(path)
         if os.path.isabs(path):
@@ -113,7 +112,7 @@ class FolderRoot:
             root = next((root for root in self._roots if path.startswith(root)), None)
             if root is None:
                 raise BadRowError(
-                    f"{cut(given)} is not below {self.name}; name the folder that it is below: --root", "refused"
+                    f"{quoted(given)} is not below {self.name}; name the folder that it is below: --root", "refused"
                 )
             path = path[len(root) :].replace(os.sep, "/")
         return plain(path, given)
@@ -123,21 +122,29 @@ class FolderRoot:
 
     def image(self, id: str, path: str, label: str | None, box: Box | None, look: Look | None) -> ListedImage:
         """Make the image of a row."""
-        return ListedImage(id, os.path.join(self._folder, path), label, box, self._within, self._max_bytes)
+        return ListedImage(id, os.path.join(self._folder, path), path, label, box, self._within, self._max_bytes)
 
 
-def boxed_status(status: tuple[int, int], box: Box | None) -> tuple[int, int]:
-    """Return the status of a part of a file: another box under the same id is another image."""
-    if box is None or status == GONE:
+def row_status(status: Look, id: str, path: str, box: Box | None) -> Look:
+    """Return the status of what a row names, from that of the file.
+
+    Under an id that is not the path, another file or box is another image, be it as large and as old as the one before.
+    """
+    if status == GONE:
         return status
-    return status[0], status[1] ^ zlib.crc32(fragment(box).encode())
+    size, time_ns = status
+    part = "" if box is None else fragment(box)
+    if id != path + part:
+        named = hashlib.sha256(os.fsencode(path + part)).digest()
+        return size, time_ns ^ (int.from_bytes(named[:8], "big") >> 1)
+    return size, time_ns ^ zlib.crc32(part.encode())
 
 
 def require_no_climb(path: str) -> None:
     """Raise for a path that climbs out of folders."""
     if ".." in path.split("/"):
         raise BadRowError(
-            f"{cut(path)} climbs with ..; write it relative to one folder, and name that: --root", "refused"
+            f"{quoted(path)} climbs with ..; write it relative to one folder, and name that: --root", "refused"
         )
 
 
@@ -145,7 +152,7 @@ def plain(path: str, given: str) -> str:
     """Return a relative path without detours."""
     path = posixpath.normpath(path)
     if path == ".":
-        raise BadRowError(f"{cut(given)} is a folder, not an image", "not-an-image")
+        raise BadRowError(f"{quoted(given)} is a folder, not an image", "not-an-image")
     return checked_id(path)
 
 
@@ -157,19 +164,10 @@ def checked_id(id: str | None) -> str:
     try:
         return require_inside(id)
     except ImageError as error:
-        raise BadRowError(f"{cut(id)}: {error.reason}", error.kind) from error
+        raise BadRowError(f"{quoted(id)}: {error.reason}", error.kind) from error
 
 
 def check_text(text: str, what: str) -> None:
     """Make sure that a store can hold a text."""
-    try:
-        count = len(os.fsencode(text))
-    except UnicodeEncodeError as error:
-        raise BadRowError(f"{cut(text)} is no text that a {what} can have", "refused") from error
-    if count > _MAX_NAME_BYTES or "\0" in text:
-        raise BadRowError(f"a {what} has at most {_MAX_NAME_BYTES:,} bytes and no NUL: {cut(text)}", "refused")
-
-
-def cut(text: str) -> str:
-    """Return a text as a message shows it."""
-    return repr(text) if len(text) <= 200 else f"{text[:200]!r}..."
+    if flaw := find_flaw(text, what):
+        raise BadRowError(flaw, "refused")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,19 @@ from embedkit.errors import ImageError, MissingExtraError
 from embedkit.sources.filelists import unopened
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-Rows = Iterator[tuple[int, Sequence[Any]]]
+HOPELESS = 1000  # So many bad rows before the first good one are a mistake in the command.
 
 _MAX_LINE = 16 << 20  # Characters; a file without line breaks would otherwise be read as a whole.
 _MAX_COLUMNS = 10_000
 _BATCH_ROWS = 8192
 _SIGNS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+
+
+class BadRowError(Exception):
+    """A row that cannot be used: why, and of what kind."""
+
+
+Rows = Iterator[tuple[int, Sequence[Any] | BadRowError]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class Table:
         What its rows are counted in: "line" or "row".
     rows : callable
         Called with the names of some columns, it yields the number of each row, from 1, and its values: texts of CSV
-        and TSV, of the other kinds what they hold, None where they hold nothing.
+        and TSV, of the other kinds what they hold, None where they hold nothing. Or what is wrong with a row that has
+        none; the others are not lost with it.
     """
 
     path: Path
@@ -53,8 +62,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     Raises
     ------
     ImageError
-        When there is no such file, it is of another kind, or its columns cannot be read; what is wrong further down is
-        raised by `rows`, with the number of the line.
+        When there is no such file, it is of another kind, or its columns cannot be read.
 
     Examples
     --------
@@ -77,7 +85,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
         return Table(path, _parquet_columns(path), "row", lambda wanted: _parquet_rows(path, wanted))
     if suffix in (".csv", ".tsv"):
         delimiter = "\t" if suffix == ".tsv" else _delimiter(path)
-        header = next(_records(path, delimiter), (0, []))[1]
+        header = _header(path, _records(path, delimiter))
         return Table(path, header, "line", lambda wanted: _csv_rows(path, delimiter, wanted))
     return Table(path, _json_columns(path), "line", lambda wanted: _json_rows(path, wanted))
 
@@ -107,7 +115,8 @@ def text_of(value: Any) -> str | None:
         return str(int(value))
     if isinstance(value, int | float):
         return str(value)
-    raise ValueError(f"holds {type(value).__name__}, not one text or number")
+    what = "several values" if isinstance(value, list | tuple) else "something else"
+    raise ValueError(f"holds {what}, not one text or number")
 
 
 # --- Text
@@ -143,34 +152,91 @@ def _delimiter(path: Path) -> str:
     return next((sign for sign in _SIGNS if sign in header), ",")
 
 
-def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV file and the numbers of the lines that they end on, without empty lines."""
+class _Replayed:
+    """Lines of which those of the record that is being read can be had again."""
+
+    def __init__(self, path: Path, lines: Iterator[str]) -> None:
+        self.path, self.lines, self.number = path, lines, 0
+        self.record: list[str] = []
+        self._waiting: deque[str] = deque()
+        self._length = 0
+
+    def __iter__(self) -> _Replayed:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else next(self.lines)
+        self.number += 1
+        self.record.append(line)
+        self._length += len(line)
+        if self._length > 2 * _MAX_LINE:
+            reason = f"the record that ends on line {self.number:,} has more than {2 * _MAX_LINE:,} characters"
+            raise wrong(self.path, reason, "too-large")
+        return line
+
+    def begin(self) -> None:
+        """Begin the next record."""
+        self.record.clear()
+        self._length = 0
+
+    def give_up_line(self) -> int:
+        """Give up the first line of the record, go back to the one after it, and return its number."""
+        again = self.record[1:]
+        self._waiting.extendleft(reversed(again))
+        self.number -= len(again)
+        self.begin()
+        return self.number
+
+
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | BadRowError]]:
+    """Yield the records of a CSV file and the numbers of the lines that they end on, without empty lines.
+
+    The first one says how many values there are. A line that is no such record costs itself alone, and not those that
+    it swallows when it leaves a quotation mark open.
+    """
+    width = 0
     with _lines(path) as lines:
-        # Strict, since a quotation mark that is not closed would otherwise swallow rows.
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        line = 0
-        try:
-            for values in reader:
-                line = reader.line_num
-                if values:
-                    yield line, values
-        except csv.Error as error:
-            reason = f"line {line + 1:,}: {error}; is a quotation mark left open?"
-            raise wrong(path, reason) from error
+        replayed, ended = _Replayed(path, lines), False
+        while not ended:
+            # Strict, since a quotation mark that is not closed would otherwise swallow rows.
+            reader = csv.reader(replayed, delimiter=delimiter, strict=True)
+            try:
+                for values in reader:
+                    width = width or len(values)
+                    if len(values) in (0, width):
+                        if values:
+                            yield replayed.number, values
+                        replayed.begin()
+                    else:
+                        hint = f"quote values that contain {_SIGNS[delimiter]}"
+                        if len(replayed.record) > 1:
+                            hint = "is a quotation mark left open?"
+                        count = "1 value" if len(values) == 1 else f"{len(values):,} values"
+                        reason = f"{count} for {width:,} columns; {hint}"
+                        yield replayed.give_up_line(), BadRowError(reason, "damaged")
+                ended = True
+            except csv.Error as error:
+                reason = f"{error}; is a quotation mark left open?"
+                yield replayed.give_up_line(), BadRowError(reason, "damaged")
+
+
+def _header(path: Path, records: Iterator[tuple[int, list[str] | BadRowError]]) -> list[str]:
+    """Return the first record, which names the columns."""
+    line, header = next(records, (0, []))
+    if isinstance(header, BadRowError):
+        raise wrong(path, f"line {line:,}: {header.args[0]}")
+    return header
 
 
 def _csv_rows(path: Path, delimiter: str, wanted: Sequence[str]) -> Rows:
     records = _records(path, delimiter)
-    header = next(records, (0, []))[1]
+    header = _header(path, records)
     at = [header.index(name) for name in wanted]
     for line, values in records:
-        if len(values) != len(header):
-            reason = f"{len(values)} values for {len(header)} columns; quote values that contain {_SIGNS[delimiter]}"
-            raise wrong(path, f"line {line:,}: {reason}")
-        yield line, [values[column] for column in at]
+        yield line, values if isinstance(values, BadRowError) else [values[column] for column in at]
 
 
-def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
     with _lines(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
@@ -178,25 +244,36 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise wrong(path, f"line {number:,} is not JSON: {error}") from error
-            if not isinstance(found, dict):
-                raise wrong(path, f'line {number:,} is not an object such as {{"path": "1.jpg"}}')
-            yield number, found
+                told = (
+                    f"{error.msg}, at character {error.pos + 1:,}" if isinstance(error, json.JSONDecodeError) else error
+                )
+                yield number, BadRowError(f"not JSON: {told}", "damaged")
+                continue
+            is_object = isinstance(found, dict)
+            yield number, found if is_object else BadRowError('not an object such as {"path": "1.jpg"}', "damaged")
 
 
 def _json_columns(path: Path) -> list[str]:
     """Return the keys of all lines: one may first come up in the last."""
     columns: dict[str, None] = {}
+    first, bad = "", 0
     for number, found in _json_objects(path):
+        if isinstance(found, BadRowError):
+            first, bad = first or f"line {number:,}: {found.args[0]}", bad + 1
+            if bad == HOPELESS and not columns:
+                break
+            continue
         columns.update(dict.fromkeys(found))
         if len(columns) > _MAX_COLUMNS:
             raise wrong(path, f"line {number:,}: there are more than {_MAX_COLUMNS:,} different keys", "too-large")
+    if first and not columns:
+        raise wrong(path, f"none of {bad:,} lines can be used; the first: {first}")
     return list(columns)
 
 
 def _json_rows(path: Path, wanted: Sequence[str]) -> Rows:
     for number, found in _json_objects(path):
-        yield number, [found.get(name) for name in wanted]
+        yield number, found if isinstance(found, BadRowError) else [found.get(name) for name in wanted]
 
 
 # --- Parquet

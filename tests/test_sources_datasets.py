@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import embedkit as ek
 from embedkit import ImageError
 from embedkit.images import read_image
 from embedkit.sources.datasets.listing import is_dataset_folder, list_dataset, parse_dataset
@@ -87,6 +88,25 @@ def test_a_column_that_is_named_gives_the_classes(tmp_path: Path) -> None:
     assert [image.label for image in list_dataset(tmp_path / "d").files] == [None, None, None]
     assert failure(lambda: list_dataset(tmp_path / "d", label_column="share"))[2] == "refused"
     assert failure(lambda: list_dataset(tmp_path / "d", label_column="none"))[2] == "missing"
+
+
+@pytest.mark.parametrize("name", ["a\0", "\ud83c"])
+def test_a_class_that_a_store_cannot_hold_costs_its_rows(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, name: str
+) -> None:
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((photos / "cat").iterdir())[:3]]
+    dataset = made({"image": images, "label": [0, 1, 0]}, label=datasets.ClassLabel(names=["a", "b"]))
+    dataset.save_to_disk(tmp_path / "d")
+    path = tmp_path / "d" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["features"]["label"]["names"] = ["a", name]
+    path.write_text(json.dumps(info))
+    listing = list_dataset(tmp_path / "d")
+    assert [(image.id, image.label) for image in listing.files] == [("00000000", "a"), ("00000002", "a")]
+    assert [(error.id, error.kind) for error in listing.failures] == [("00000001", "refused")]
+    assert "class" in listing.failures[0].reason and listing.failures[0].reason.isprintable()
+    store = ek.extract(listing, tmp_path / "d.h5", ek.Backbone.load(str(tiny_backbone)))
+    assert (store.classes, len(store.failures)) == (["a"], 1)
 
 
 def test_which_column_is_meant_has_to_be_said_when_there_are_several(tmp_path: Path) -> None:
@@ -168,19 +188,22 @@ def test_a_row_may_name_files_of_its_dataset_only(tmp_path: Path) -> None:
     (tmp_path / "d-beside").mkdir()
     (tmp_path / "d-beside" / "x.png").write_bytes(png(7))
     folder = tmp_path / "d"
-    names = ["own.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png", "../d-beside/x.png", ""]
+    names = [
+        "own.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png", "../d-beside/x.png", "",
+        "own\0.png",
+    ]  # fmt: skip
     images = [{"bytes": None, "path": name} for name in names]
     # Not cast by the package, which would take in what lies at the paths while it saves.
     datasets.Dataset.from_dict({"image": images}, features=PLAIN).save_to_disk(folder)
     (folder / "own.png").write_bytes(png(1))
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     files = list_dataset(folder).files
-    assert [image.id for image in files] == [f"{row:08d}" for row in range(7)]
+    assert [image.id for image in files] == [f"{row:08d}" for row in range(8)]
     assert files[0].read() == png(1)
     assert files[0].status() == ((folder / "own.png").stat().st_size, (folder / "own.png").stat().st_mtime_ns)
-    assert [failure(files[row].read)[2] for row in (1, 2, 3, 5, 6)] == ["refused"] * 5
-    assert "secret.png" in failure(files[1].read)[1]
-    assert [files[row].status() for row in (1, 2, 3, 4)] == [(0, -1)] * 4
+    assert [failure(files[row].read)[2] for row in (1, 2, 3, 5, 6, 7)] == ["refused"] * 6
+    assert "secret.png" in failure(files[1].read)[1] and r"own\x00.png" in failure(files[7].read)[1]
+    assert [files[row].status() for row in (1, 2, 3, 4, 7)] == [(0, -1)] * 5
     assert "missing" in failure(files[4].read)[1]
 
 
@@ -296,6 +319,9 @@ def test_damaged_arrow_files_never_end_the_process(tmp_path: Path) -> None:
         ("dataset_dict.json", '{"splits": [".."]}', "refused"),
         ("dataset_dict.json", '{"splits": ["a/../.."]}', "damaged"),
         ("dataset_dict.json", '{"splits": 7}', "damaged"),
+        ("dataset_dict.json", '{"splits": ["\\ud83c"]}', "damaged"),
+        ("state.json", '{"_data_files": [{"filename": "\\ud83c"}]}', "damaged"),
+        ("state.json", '{"_data_files": [{"filename": "\\u0000"}]}', "refused"),
         ("dataset_dict.json", '{"splits": ["none"]}', "missing"),
     ],
 )

@@ -140,7 +140,7 @@ def read_labels(dataset: Any, name: str | None, where: str) -> list[str | None]:
     for row, value in enumerate(values):
         if value is not None and not (isinstance(value, int) and -1 <= value < len(classes)):
             raise ImageError(where, f"row {row} of column {name} is of class {value}, of {len(classes)} classes")
-        labels.append(None if value is None or value == -1 else classes[value])
+        labels.append(None if value is None or value == -1 else str(classes[value]))
     return labels
 
 

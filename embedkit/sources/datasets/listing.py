@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from embedkit.errors import ImageError, MissingExtraError
 from embedkit.images import MAX_BYTES, read_bytes
 from embedkit.sources.datasets.arrow_columns import ImageColumn, find_image_column, find_label_column, read_labels
 from embedkit.sources.entries import GONE, Entries, Listing, by_bytes, classes_of, inside, require_inside, status_of
+from embedkit.sources.failing import find_flaw, is_encodable, quoted
 from embedkit.sources.folders import find_files
 
 _MAX_JSON_BYTES = 64 << 20
@@ -80,10 +81,13 @@ class _Split:
 
     def _file(self, path: str, id: str) -> str:
         """Return the file that a row names, or refuse it: a stranger's dataset may name any file of this machine."""
+        if "\0" in path:  # Which the system would not even look for.
+            raise ImageError(id, f"the row holds no image but {quoted(path)}, which no file is called", "refused")
         real = os.path.realpath(os.path.join(self.homes[0], path))
         homes = tuple(os.path.join(os.path.realpath(home), "") for home in self.homes)
-        if "\0" in path or not real.startswith(homes):
-            raise ImageError(id, f"the row holds no image but names a file outside of the dataset, {path}", "refused")
+        if not real.startswith(homes):
+            reason = f"the row holds no image but names a file outside of the dataset, {quoted(path)}"
+            raise ImageError(id, reason, "refused")
         return real
 
 
@@ -218,7 +222,7 @@ def _open_folder(folder: Path, config: str | None) -> dict[str, Any]:
     parts = {"": folder}
     if (folder / "dataset_dict.json").is_file():
         names = _json(folder / "dataset_dict.json").get("splits")
-        if not isinstance(names, list) or not all(isinstance(name, str) and "/" not in name for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_part(name) for name in names):
             raise ImageError(os.fspath(folder / "dataset_dict.json"), "it does not say what its splits are")
         parts = {name: inside(folder, name) for name in names}
     load = datasets.Dataset.load_from_disk
@@ -229,11 +233,16 @@ def _open_folder(folder: Path, config: str | None) -> dict[str, Any]:
     }
 
 
+def _is_part(name: str) -> bool:
+    """Return whether a path may have a part of this name."""
+    return "/" not in name and find_flaw(name, "split") is None
+
+
 def _has_files(part: Path, folder: Path) -> bool:
     """Return whether a saved split has rows; raise when it lacks a file, or names one outside of the dataset."""
     files = _json(part / "state.json").get("_data_files")
     told = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
-    names = [name for name in told if isinstance(name, str)]
+    names = [name for name in told if isinstance(name, str) and is_encodable(name)]
     if not isinstance(files, list) or len(names) < len(files):
         raise ImageError(os.fspath(part / "state.json"), "it does not say where the data are")
     home = os.path.join(os.path.realpath(folder), "")
@@ -327,11 +336,12 @@ def _images(
         splits.append(_Split(column, _stamp(dataset), homes))
         named = _ids(f"{require_inside(key)}/" if key else "", column)
         good = np.ones(len(named), dtype=bool)
-        for row, reason, kind in column.flaws(max_bytes):
-            failures.append(ImageError(named[row], reason, kind))
+        told = read_labels(dataset, find_label_column(dataset, columns[1], where), where)
+        for row, reason, kind in (*column.flaws(max_bytes), *_flaws(told)):
+            if good[row]:
+                failures.append(ImageError(named[row], reason, kind))
             good[row] = False
         rows = np.flatnonzero(good)
-        told = read_labels(dataset, find_label_column(dataset, columns[1], where), where)
         ids += [named[row] for row in rows.tolist()]
         labels += [told[row] for row in rows.tolist()] if told else [None] * len(rows)
         tables.append(np.stack([np.full(len(rows), number), rows, column.sizes[rows]], axis=1))
@@ -343,6 +353,15 @@ def _images(
         order
     ]
     return _DatasetImages(splits, classes, [ids[place] for place in order], table)
+
+
+def _flaws(labels: Sequence[str | None]) -> Iterator[tuple[int, str, str]]:
+    """Yield row, reason and kind of what has a class that a store cannot hold."""
+    flaws = {label: find_flaw(label, "class") for label in {*labels} if label is not None}
+    if any(flaws.values()):
+        for row, label in enumerate(labels):
+            if label is not None and (flaw := flaws[label]):
+                yield row, flaw, "refused"
 
 
 def _ids(prefix: str, column: ImageColumn) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embedkit import ImageError
-from embedkit.sources import list_files, list_folder, list_named
+from embedkit.sources import ImageFile, list_files, list_folder, list_named
 
 
 def write(path: Path, content: bytes = b"x") -> Path:
@@ -57,9 +57,36 @@ def test_names_are_sorted_by_their_bytes_undecodable_ones_too() -> None:
 def test_no_name_and_a_name_twice_are_errors() -> None:
     with pytest.raises(ImageError, match="the list of images: it is empty"):
         list_files([])
-    with pytest.raises(ImageError, match=r"^/d/a/1\.jpg: it is in the list twice") as caught:
-        list_files(["/d/a/1.jpg", "/d/2.jpg", "/d/b/../a/1.jpg"])
+    with pytest.raises(ImageError) as caught:
+        list_files(["/d/2.jpg", "/d/a/1.jpg", "/d/3.jpg", "/d/b/../a/1.jpg"])
+    assert str(caught.value) == "the list of images: '/d/a/1.jpg' is in the list twice, as names 2 and 4"
     assert caught.value.kind == "refused"
+
+
+def test_a_root_keeps_ids_as_they_are_whatever_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = write(tmp_path / "names", b"photos/cat/1.jpg\nphotos/cat/2.jpg\n")
+    monkeypatch.chdir(tmp_path)
+    assert [file.id for file in list_named(names).files] == ["1.jpg", "2.jpg"]
+    for root in ("photos", tmp_path / "photos", "./x/../photos/"):
+        listing = list_named(names, root=root)
+        assert [file.id for file in listing.files] == ["cat/1.jpg", "cat/2.jpg"]
+        assert listing.root == tmp_path / "photos"
+    write(names, b"photos/cat/1.jpg\nphotos-2/1.jpg\n")
+    with pytest.raises(
+        ImageError, match=r"names: it names '.*photos-2/1\.jpg', which is not below '.*photos'"
+    ) as caught:
+        list_named(names, root="photos")
+    assert caught.value.kind == "refused" and "relative names are below the working folder" in caught.value.reason
+
+
+def test_what_no_file_can_be_called_is_a_failure_under_its_number() -> None:
+    listing = list_files(["/d/00000001", "a\0b.jpg", "/d/\ud800.jpg", "/d/b.jpg", "x" * 5000])
+    assert [file.id for file in listing.files] == ["00000001", "b.jpg"]
+    assert [(failure.id, failure.kind) for failure in listing.failures] == [
+        ("00000001#1", "refused"), ("00000002", "refused"), ("00000004", "refused"),
+    ]  # fmt: skip
+    assert all(failure.reason.isprintable() and len(failure.reason) < 300 for failure in listing.failures)
+    assert list_files(["a\0b"]).failures[0].id == "00000000"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +156,7 @@ def test_a_long_list_is_read_in_pieces(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf", "it is empty"),
         ("/d/1.jpg\n".encode("utf-16"), "its text is UTF-16; save it as UTF-8"),
         (b"/d/1.jpg\n" + b"x" * 3_000_000, "line 2 is not the name of a file"),
-        (b"/d/1.jpg\n" + b"x" * 70_000 + b"\n", "line 2 is not the name of a file"),
+        (b"/d/1.jpg\n" + b"x" * 5_000 + b"\n", "line 2 is not the name of a file"),
         (b"/d/1.jpg\n" * 200_000 + b"a\0b\n", "line 200,001 is not the name of a file"),
     ],
     ids=["nothing", "empty lines", "only a mark", "utf-16", "no line breaks", "a long line", "a late nul"],
@@ -202,6 +229,7 @@ def test_the_status_of_a_file_changes_with_it(tmp_path: Path) -> None:
     assert image.status() == (3, path.stat().st_mtime_ns)
     path.unlink()
     assert image.status() == (0, -1)
+    assert ImageFile("a", "a\0b").status() == ImageFile("a", "\ud800").status() == (0, -1)
 
 
 def test_a_list_of_a_folders_files_is_the_folder(tmp_path: Path, photos: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,12 @@ def test_a_dataset_without_targets_is_passed_through_for_its_labels() -> None:
         (np.zeros((4, 4, 7), np.uint8), "unsupported", "shape (4, 4, 7)"),
         (torch.randn(3, 8, 8) - 5, "unsupported", "floats must lie in [0, 1]"),
         (b"", "empty", "no bytes"),
+        (torch.zeros(4, 4).to_sparse(), "unsupported", "this Tensor cannot be made an array: TypeError: can't convert"),
+        (
+            torch.zeros(3, 4, 4, device="meta"),
+            "unsupported",
+            "this Tensor cannot be made an array: NotImplementedError",
+        ),
     ],
 )
 def test_what_is_no_image_is_a_failure_with_its_reason(image: Any, kind: str, reason: str) -> None:
@@ -188,6 +195,7 @@ def test_an_iterator_is_kept_in_a_file_and_not_in_memory(tmp_path: Path) -> None
 def test_the_file_of_an_iterator_is_closed_with_its_listing() -> None:
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("needs /proc")
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     listing = list_memory(iter([grey(1)]))
     assert len(os.listdir("/proc/self/fd")) == before + 1
@@ -237,6 +245,10 @@ def test_paths_are_listed_as_files(tmp_path: Path) -> None:
         assert [file.id for file in list_memory(images).files] == ["a.png", "b.png"]
     with pytest.raises(ImageError, match="it begins with paths, and then has a ndarray"):
         list_memory([*paths, grey(1)])
+    for images in ([*map(str, paths), "a\0b.png", "\ud800b.png"], iter([*paths, "a\0b.png", "\ud800b.png"])):
+        listing = list_memory(images)
+        assert [file.id for file in listing.files] == ["a.png", "b.png"]
+        assert [bad.id for bad in listing.failures] == ["00000002", "00000003"]
 
 
 def test_ids_are_unique_and_stay_inside() -> None:
@@ -247,7 +259,53 @@ def test_ids_are_unique_and_stay_inside() -> None:
     for images in ([("../a", grey(1)), ("b", grey(2))], iter([("../a", grey(1)), ("b", grey(2))])):
         listing = list_memory(images)
         assert read(listing) == [("b", None, 2)]
-        assert [(bad.id, bad.kind) for bad in listing.failures] == [("../a", "refused")]
+        (bad,) = listing.failures
+        assert (bad.id, bad.kind) == ("00000000", "refused")
+        assert bad.reason == "its id points out of its root: '../a'"
+
+
+def test_an_id_that_none_can_be_costs_one_image() -> None:
+    names = ["../x.png", "", "", "a", "a\0", "\ud800.png", "x" * 5000, "caf\udce9", -1, 10**9, 10**5000, 1.5, b"b", 0]
+    items = [{"id": name, "image": grey(at)} for at, name in enumerate(names)]
+    for images in (items, iter(items), Greys(items)):
+        listing = list_memory(images)
+        assert read(listing) == [("00000000", None, 13), ("a", None, 3), ("caf\udce9", None, 7)]
+        # The first one's number is the id of the last.
+        refused = ["00000000#1", *(f"{number:08}" for number in (1, 2, 4, 5, 6, 8, 9, 10, 11, 12))]
+        assert [bad.id for bad in listing.failures] == refused
+        assert {bad.kind for bad in listing.failures} == {"refused"}
+        assert all(bad.reason.isprintable() and len(bad.reason) < 300 for bad in listing.failures)
+    assert read(list_memory({"\ud800": grey(1), "b": grey(2)})) == [("b", None, 2)]
+
+
+@pytest.mark.parametrize("label", ["ro\0se", "\ud800", "x" * 5000])
+def test_a_label_that_no_class_can_have_costs_its_images(label: str) -> None:
+    items = [("a", grey(1), label), ("b", grey(2), "rose"), ("c", grey(3)), ("d", grey(4), label)]
+    for images in (items, iter(items), Greys(items)):
+        listing = list_memory(images)
+        assert read(listing) == [("b", "rose", 2), ("c", None, 3)] and listing.classes == ["rose"]
+        assert [(bad.id, bad.kind) for bad in listing.failures] == [("a", "refused"), ("d", "refused")]
+        assert "class" in listing.failures[0].reason and listing.failures[0].reason.isprintable()
+    dataset = Greys([grey(1), grey(2), grey(3)])
+    dataset.targets, dataset.classes = [0, 1, 0], ["rose", label]  # type: ignore[attr-defined]
+    listing = list_memory(dataset)
+    assert read(listing) == [("00000000", "rose", 1), ("00000002", "rose", 3)] and listing.classes == ["rose"]
+    assert [bad.id for bad in listing.failures] == ["00000001"]
+
+
+def test_a_number_beyond_all_classes_is_no_label() -> None:
+    assert [file.label for file in list_memory([(grey(1), 10**5000), (grey(2), 3)]).files] == [None, "3"]
+
+
+def test_images_in_memory_say_why_they_stay_there() -> None:
+    for images, reason in (([grey(1)], "in the memory of this process"), (iter([grey(1)]), "from an iterator")):
+        with pytest.raises(TypeError, match=reason):
+            pickle.dumps(list_memory(images).files[0])
+
+
+def test_a_listing_says_in_a_line_what_it_has() -> None:
+    listing = list_memory([("a", grey(1), "x"), ("b", grey(2), "y"), ("../c", grey(3))], name="three")
+    assert repr(listing) == "Listing('three', images=2, classes=2, failures=1)"
 
 
 @pytest.mark.parametrize("images", [[], (), {}, iter([]), Greys([]), np.zeros((0, 4, 4, 3), np.uint8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,10 @@ class Listing:
     sources: Mapping[str, Path | str] = field(default_factory=dict)
     has_paths: bool = True
 
+    def __repr__(self) -> str:
+        counts = f"images={len(self.files)}, classes={len(self.classes)}, failures={len(self.failures)}"
+        return f"Listing({os.fspath(self.root)!r}, {counts})"
+
 
 def content_sha256(data: Data) -> bytes:
     """Return the SHA-256 of what an entry reads: of a file its bytes, so that copies are known by it.
@@ -160,7 +165,7 @@ def status_of(path: str) -> tuple[int, int]:
     """Return size and modification time in nanoseconds; of a file that is gone, what no file has."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # The latter of a path that no file can have.
         return GONE
     return status.st_size, status.st_mtime_ns
 
@@ -168,6 +173,23 @@ def status_of(path: str) -> tuple[int, int]:
 def by_bytes(entry: Entry | ImageError) -> bytes:
     """Return what entries are sorted by: the bytes of their ids."""
     return os.fsencode(entry.id)
+
+
+def tell_apart(failures: Sequence[ImageError], images: Iterable[Entry]) -> list[ImageError]:
+    """Return failures sorted by their ids, none of which is that of another one or of an image."""
+    if not failures:
+        return []
+    taken = {image.id for image in images}
+    found: list[ImageError] = []
+    times: Counter[str] = Counter()
+    for failure in failures:
+        id = failure.id
+        while id in taken:
+            times[failure.id] += 1
+            id = f"{failure.id}#{times[failure.id]}"
+        taken.add(id)
+        found.append(ImageError(id, failure.reason, failure.kind))
+    return sorted(found, key=by_bytes)
 
 
 def classes_of(labels: Iterable[str | None]) -> list[str]:
@@ -204,7 +226,17 @@ def inside(root: str | os.PathLike[str], id: str) -> Path:
 
 def require_inside(id: str) -> str:
     """Return an id from a stranger, or raise when it points out of whatever root it is joined to."""
-    parts = id.split("/")
-    if not id or "\0" in id or ".." in parts or os.path.isabs(id) or (os.name == "nt" and ("\\" in id or ":" in id)):
+    if leaves_root(id):
         raise ImageError(id, "this id points out of its root", "refused")
     return id
+
+
+def leaves_root(id: str) -> bool:
+    """Return whether an id from a stranger points out of whatever root it is joined to."""
+    return (
+        not id
+        or "\0" in id
+        or ".." in id.split("/")
+        or os.path.isabs(id)
+        or (os.name == "nt" and ("\\" in id or ":" in id))
+    )

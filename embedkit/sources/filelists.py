@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import IO
 
 from embedkit.errors import ImageError
 from embedkit.images import MAX_BYTES
-from embedkit.sources.entries import Entries, ImageFile, Listing
+from embedkit.sources.entries import Entries, ImageFile, Listing, tell_apart
+from embedkit.sources.failing import find_flaw, quoted
 
 STANDARD_INPUT = "-"
-_MAX_NAME_BYTES = 1 << 16  # No system opens a path of more than 32 KiB: what is longer is not a list.
+_MAX_NAME_BYTES = 4096  # No system opens a longer path, and arrays of names are as wide as the longest.
 _CHUNK_BYTES = 1 << 20
 
 
@@ -35,25 +36,33 @@ class _Files(Entries):
         return ImageFile(id, os.path.join(self.root, id), None, self.max_bytes)
 
 
-def list_files(paths: Iterable[str | os.PathLike[str]], *, max_bytes: int = MAX_BYTES) -> Listing:
+def list_files(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Listing:
     """List images that are named one by one, whatever they are called.
 
     Parameters
     ----------
     paths : iterable of path-like
         In any order.
+    root : path-like, optional
+        The folder that ids are relative to, and all paths lie below. By default the deepest folder that holds them all,
+        so that ids are others when a path from elsewhere is added.
     max_bytes : int
         A larger file is a failure when it is read.
 
     Returns
     -------
     Listing
-        Below the deepest folder that holds them all, without classes.
+        Without classes. What no file can be called is a failure under its number.
 
     Raises
     ------
     ImageError
-        When there is none, or one is named twice.
+        When there is none, one is named twice, or one does not lie below the root.
 
     Examples
     --------
@@ -62,10 +71,20 @@ def list_files(paths: Iterable[str | os.PathLike[str]], *, max_bytes: int = MAX_
     >>> listing.root.as_posix(), [file.id for file in listing.files]
     ('/photos', ['1.jpg', 'cat/2.jpg'])
     """
-    return _listed("the list of images", (os.fspath(path) for path in paths), max_bytes)
+    good: list[str] = []
+    failures: list[ImageError] = []
+    for number, path in enumerate(os.fspath(path) for path in paths):
+        flaw = find_flaw(path, "path")
+        if flaw is None:
+            good.append(path)
+        else:
+            failures.append(ImageError(f"{number:08}", flaw, "refused"))
+    return _listed("the list of images", good, root, max_bytes, failures)
 
 
-def list_named(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Listing:
+def list_named(
+    source: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, max_bytes: int = MAX_BYTES
+) -> Listing:
     """List the images that a file names, one a line.
 
     Parameters
@@ -73,18 +92,20 @@ def list_named(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) ->
     source : path-like
         The file; ``-`` is standard input. Names are paths, those that are relative below the working folder. They end
         with a newline, or with a NUL where there is one, as ``find -print0`` writes them. Empty lines are skipped.
+    root : path-like, optional
+        See `list_files`. It keeps the ids as they are when other images are named the next time.
     max_bytes : int
         A larger file is a failure when it is read.
 
     Returns
     -------
     Listing
-        Below the deepest folder that holds them all, without classes.
+        Without classes.
 
     Raises
     ------
     ImageError
-        When the file cannot be read, is no list, names nothing, or something twice.
+        When the file cannot be read, is no list, names nothing, something twice, or what does not lie below the root.
 
     Examples
     --------
@@ -92,17 +113,19 @@ def list_named(source: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) ->
     >>> from embedkit.sources import list_named
     >>> folder = tempfile.TemporaryDirectory()
     >>> names = pathlib.Path(folder.name) / "names.txt"
-    >>> _ = names.write_text("/photos/cat/2.jpg" + chr(10) + "/photos/1.jpg")
+    >>> _ = names.write_text("/photos/cat/2.jpg" + chr(10) + "/photos/cat/1.jpg")
     >>> [file.id for file in list_named(names).files]
-    ['1.jpg', 'cat/2.jpg']
+    ['1.jpg', '2.jpg']
+    >>> [file.id for file in list_named(names, root="/photos").files]
+    ['cat/1.jpg', 'cat/2.jpg']
     >>> folder.cleanup()
     """
     if os.fspath(source) == STANDARD_INPUT:
-        return _listed("standard input", _names("standard input", sys.stdin.buffer), max_bytes)
+        return _listed("standard input", _names("standard input", sys.stdin.buffer), root, max_bytes)
     name = os.fspath(source)
     try:
         with open(source, "rb") as file:
-            return _listed(name, _names(name, file), max_bytes)
+            return _listed(name, _names(name, file), root, max_bytes)
     except OSError as error:
         raise unopened(name, error) from error
 
@@ -115,24 +138,44 @@ def unopened(name: str, error: OSError) -> ImageError:
     return ImageError(name, f"cannot be read: {error.strerror or error}", kind)
 
 
-def _listed(name: str, names: Iterable[str], max_bytes: int) -> Listing:
+def _listed(
+    name: str,
+    names: Iterable[str],
+    root: str | os.PathLike[str] | None,
+    max_bytes: int,
+    failures: Sequence[ImageError] = (),
+) -> Listing:
     """Return the listing of some paths; they may be millions, so each is held once."""
-    ids = [absolute(path) for path in names]
-    if not ids:
+    paths = [absolute(path) for path in names]
+    if not paths and not failures:
         raise ImageError(name, "it is empty: it names no image", "empty")
-    folders = os.path.dirname(min(ids)), os.path.dirname(max(ids))
-    try:
-        root = os.path.commonpath(folders)
-    except ValueError as error:  # On Windows.
-        raise ImageError(name, "its images lie on several drives; list each drive's on its own", "refused") from error
-    start = len(os.path.join(root, ""))
-    for number, path in enumerate(ids):
-        ids[number] = path[start:] if os.sep == "/" else path[start:].replace(os.sep, "/")
-    ids.sort(key=sorting_key(ids))
+    folder = _shared_folder(name, paths) if root is None else absolute(os.fspath(root))
+    start = os.path.join(folder, "")
+    for path in paths if root is not None else ():
+        if not path.startswith(start):
+            here = path.startswith(os.path.join(os.getcwd(), ""))
+            where = "; relative names are below the working folder" if here else ""
+            raise ImageError(name, f"it names {quoted(path)}, which is not below {quoted(folder)}{where}", "refused")
+    for number, path in enumerate(paths):
+        paths[number] = path[len(start) :] if os.sep == "/" else path[len(start) :].replace(os.sep, "/")
+    ids = sorted(paths, key=sorting_key(paths))
     for left, right in pairwise(ids):
         if left == right:
-            raise ImageError(os.path.join(root, left), "it is in the list twice", "refused")
-    return Listing(Path(root), _Files(root, ids, max_bytes), [], [], 0)
+            first, second = [number for number, id in enumerate(paths, 1) if id == left][:2]
+            what = f"{quoted(os.path.join(folder, left))} is in the list twice, as names {first:,} and {second:,}"
+            raise ImageError(name, what, "refused")
+    files = _Files(folder, ids, max_bytes)
+    return Listing(Path(folder), files, [], tell_apart(failures, files), 0)
+
+
+def _shared_folder(name: str, paths: Sequence[str]) -> str:
+    """Return the deepest folder that holds all of some paths."""
+    if not paths:
+        return os.getcwd()
+    try:
+        return os.path.commonpath([os.path.dirname(min(paths)), os.path.dirname(max(paths))])
+    except ValueError as error:  # On Windows.
+        raise ImageError(name, "its images lie on several drives; list each drive's on its own", "refused") from error
 
 
 def absolute(path: str) -> str:

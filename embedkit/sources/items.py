@@ -11,10 +11,13 @@ import numpy.typing as npt
 
 from embedkit.errors import ImageError
 from embedkit.images import Data, read_bytes, read_image
-from embedkit.sources.entries import require_inside
+from embedkit.sources.entries import leaves_root
+from embedkit.sources.failing import find_flaw, quoted
+from embedkit.text import printable
 
 _DIGITS = 8  # Of the ids that are numbers, so that a hundred million of them are sorted like numbers.
 _CHANNELS = (1, 3, 4)
+_MOST_CLASSES = 2**64  # Larger numbers are no class's, and Python does not write the largest out.
 
 
 class Item(NamedTuple):
@@ -66,7 +69,11 @@ def data_of(image: Any, id: str) -> Data:
         raise ImageError(id, image.reason, image.kind)
     if image is None:
         raise ImageError(id, "None, where an image was expected", "not-an-image")
-    pixels = _pixels(image)
+    try:
+        pixels = _pixels(image)
+    except Exception as error:  # Of a sparse tensor, or one without content.
+        reason = f"this {type(image).__name__} cannot be made an array: {one_line(error)}"
+        raise ImageError(id, reason, "unsupported") from error
     try:
         return np.asarray(read_image(image if pixels is None else pixels, id=id))
     except ImageError as error:
@@ -92,6 +99,11 @@ def _pixels(image: Any) -> npt.NDArray[Any] | None:
     return pixels if pixels.shape[2] in _CHANNELS and pixels.shape[0] != 3 else np.moveaxis(pixels, 0, -1)
 
 
+def one_line(error: Exception) -> str:
+    """Return what an exception of somebody else's says, fit for a reason."""
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": "))
+
+
 def dimensions(image: Any) -> int:
     """Return how many dimensions an array or a tensor has, 0 of anything else."""
     return len(image.shape) if isinstance(image, np.ndarray) or hasattr(image, "detach") else 0
@@ -105,14 +117,21 @@ def numbered(number: int) -> str:
 
 
 def id_of(value: Any, number: int) -> str:
-    """Return what an item is called."""
+    """Return what an item is called; what it cannot be called is a failure under its number."""
     if value is None:
         return numbered(number)
-    if isinstance(value, int | np.integer) and value >= 0:
-        return numbered(int(value))
-    if not isinstance(value, str):
-        raise ImageError(repr(value), "an id is a str or a number", "refused")
-    return require_inside(value)
+    if isinstance(value, int | np.integer):
+        if 0 <= value < 10**_DIGITS:
+            return numbered(int(value))
+        reason = f"as an id, a number has at most {_DIGITS} digits and no sign; others are given as a str"
+    elif isinstance(value, str):
+        reason = find_flaw(value, "name") or ""
+        if not reason and not leaves_root(value):
+            return str(value)
+        reason = reason or f"its id points out of its root: {quoted(value)}"
+    else:
+        reason = f"an id is a str or a number, not a {type(value).__name__}"
+    raise ImageError(numbered(number), reason, "refused")
 
 
 def label_of(value: Any) -> str | int | None:
@@ -120,8 +139,8 @@ def label_of(value: Any) -> str | int | None:
     if hasattr(value, "item") and not getattr(value, "shape", ()):
         value = value.item()
     if isinstance(value, str):
-        return value or None
-    return int(value) if isinstance(value, int) and value >= 0 else None
+        return str(value) or None
+    return int(value) if isinstance(value, int) and 0 <= value < _MOST_CLASSES else None
 
 
 def names_of(labels: Iterable[Any] | None, classes: Sequence[Any] | None) -> list[str | None] | None:

@@ -13,16 +13,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
 from embedkit.images import Data
-from embedkit.sources.entries import Entries, ImageFile, Listing, by_bytes, classes_of
+from embedkit.sources.entries import Entries, ImageFile, Listing, by_bytes, classes_of, tell_apart
+from embedkit.sources.failing import find_flaw
 from embedkit.sources.filelists import list_files
-from embedkit.sources.items import Item, data_of, dimensions, id_of, item_of, label_of, named_item, names_of, numbered
+from embedkit.sources.items import (
+    Item,
+    data_of,
+    dimensions,
+    id_of,
+    item_of,
+    label_of,
+    named_item,
+    names_of,
+    numbered,
+    one_line,
+)
 
 
 class MemoryImage(NamedTuple):
@@ -134,7 +146,7 @@ def list_memory(images: Any, *, name: str | None = None) -> Listing:
         raise ImageError(name, "it is empty", "empty")
     if isinstance(images, list | tuple) and isinstance(images[0], str | os.PathLike):
         return list_files(_paths(images, name))
-    ids, labels, failures = _described(images, name)
+    ids, labels, failures = _described(images)
     return _listing(name, _Held(images), ids, names_of(labels, getattr(_whole(images)[0], "classes", None)), failures)
 
 
@@ -158,6 +170,9 @@ class _Held:
     def __len__(self) -> int:
         return len(self._images)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("they are in the memory of this process; save them as files, and name their folder")
+
     def read(self, number: int, id: str) -> Data:
         with self._lock:
             try:
@@ -167,7 +182,7 @@ class _Held:
             except ImageError:
                 raise
             except Exception as error:
-                raise ImageError(id, _raised(error), "unreadable") from error
+                raise ImageError(id, one_line(error), "unreadable") from error
         return data_of(image, id)
 
 
@@ -182,6 +197,9 @@ class _Spool:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("they come from an iterator, which can be read once; save them as files, and name their folder")
 
     def add(self, data: Data) -> None:
         """Write one more."""
@@ -248,7 +266,7 @@ def _going_on(items: Iterator[Any], name: str) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except Exception as error:
-            raise ImageError(name, f"it ends after {number:,} images with {_raised(error)}", "unreadable") from error
+            raise ImageError(name, f"it ends after {number:,} images with {one_line(error)}", "unreadable") from error
         yield number, value
         number += 1
 
@@ -262,10 +280,6 @@ def _single(value: Any, id: str, name: str) -> Item:
     return item
 
 
-def _raised(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-
-
 def _paths(values: Iterable[Any], name: str) -> Iterator[str | os.PathLike[str]]:
     for value in values:
         if not isinstance(value, str | os.PathLike):
@@ -273,8 +287,8 @@ def _paths(values: Iterable[Any], name: str) -> Iterator[str | os.PathLike[str]]
         yield value
 
 
-def _described(images: Any, name: str) -> tuple[list[str] | None, list[Any] | None, list[ImageError]]:
-    """Return the ids and the labels of images, None where there are none, and those whose id is refused."""
+def _described(images: Any) -> tuple[list[str] | None, list[Any] | None, list[ImageError]]:
+    """Return the ids of images, empty where one is refused, and their labels, each None where there are none."""
     if dimensions(images):
         return None, None, []
     if not isinstance(images, list | tuple):
@@ -344,21 +358,26 @@ def _listing(
     labels: Sequence[str | None] | None,
     failures: list[ImageError],
 ) -> Listing:
-    """Sort images by their ids, without those that have none."""
-    if ids is None:
-        numbers = np.arange(len(images), dtype=np.int64)
-    else:
-        named = [number for number, id in enumerate(ids) if id]
-        named.sort(key=lambda number: os.fsencode(ids[number]))
-        numbers = np.array(named, dtype=np.int64)
-    failures = sorted(failures, key=by_bytes)
-    _require_unique(sorted([*(ids or ()), *(failure.id for failure in failures)]))
-    files = _Listed(images, ids, labels, numbers, time.time_ns())
-    return Listing(name, files, classes_of(labels or ()), failures, 0)
+    """Sort images by their ids, without those that have none, or a label that no class can have."""
+    flaws = {label: flaw for label in set(labels or ()) if label is not None and (flaw := find_flaw(label, "class"))}
+    named = range(len(images)) if ids is None else [number for number, id in enumerate(ids) if id]
+    if labels is not None and flaws:
+        bad = [number for number in named if labels[number] in flaws]
+        failures += [
+            ImageError(numbered(number) if ids is None else ids[number], flaws[labels[number] or ""], "refused")
+            for number in bad
+        ]
+        named = sorted(set(named).difference(bad))
+    if ids is not None:
+        named = sorted(named, key=lambda number: os.fsencode(ids[number]))
+        _require_unique([ids[number] for number in named])
+    files = _Listed(images, ids, labels, np.array(named, dtype=np.int64), time.time_ns())
+    classes = classes_of(label for label in set(labels or ()) if label not in flaws)
+    return Listing(name, files, classes, tell_apart(failures, files), 0)
 
 
 def _require_unique(ids: Sequence[str]) -> None:
-    """Raise when two ids, which are sorted, are the same; an empty one is none."""
+    """Raise when two ids, which are sorted, are the same."""
     for left, right in pairwise(ids):
-        if left == right and left:
+        if left == right:
             raise ImageError(left, "two images have this id", "refused")

@@ -96,8 +96,29 @@ def test_failures_are_chosen_like_images(world: Path) -> None:
 
 
 def test_nothing_chosen_is_an_error(world: Path) -> None:
-    with pytest.raises(ImageError, match=r"train: none of its 3 images is chosen"):
+    with pytest.raises(ImageError) as caught:
         list_images(world / "train", include=["*.tif"])
+    assert caught.value.reason == "none of its 3 images is chosen; their ids are such as 'cat/1.jpg'"
+    with pytest.raises(ImageError, match=r"; 'cat' is compared with whole names of files, and 'cat/[*]' takes"):
+        list_images(world / "train", include=["*.tif", "cat"])
+    with pytest.raises(ImageError, match=r"; 'x/cat/' is compared with whole ids, and 'x/cat/[*]' takes a folder"):
+        list_images(world / "train", include=["x/cat/"])
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/../b", "a//b", "/a", "a\0b", "\ud800", "x" * 5000])
+def test_no_name_leads_ids_out_of_their_root(world: Path, name: str) -> None:
+    with pytest.raises(ImageError, match="ids cannot begin with") as caught:
+        join({name: list_folder(world / "train")})
+    assert caught.value.kind == "refused"
+    if "/" not in name and name:
+        with pytest.raises(ImageError, match=r"ids cannot begin with .*; call the source otherwise: NAME="):
+            list_images(f"{name}={world / 'train'}", world / "test")
+
+
+def test_a_url_without_a_name_needs_one(world: Path) -> None:
+    with pytest.raises(ImageError, match=r"https://host/\.\.: ids cannot begin with '\.\.'") as caught:
+        list_images("https://ada:secret@host/..?signature=0", world / "test")
+    assert "secret" not in str(caught.value) and "signature" not in str(caught.value)
 
 
 def test_a_limit_takes_the_first_and_a_sample_takes_any() -> None:

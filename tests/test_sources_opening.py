@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,8 +95,11 @@ def test_a_list_of_files_stands_alone(photos: Path, tmp_path: Path) -> None:
     assert ids(list_images(files_from=tmp_path / "list")) == [name.name for name in names]
     with pytest.raises(ImageError, match="not both"):
         list_images(photos, files_from=tmp_path / "list")
-    with pytest.raises(ImageError, match="none is named"):
+    with pytest.raises(ImageError, match="none is named; name a folder, an archive, a table or a URL"):
         list_images()
+    (tmp_path / "list").write_text(f"{names[0]}\n")
+    assert ids(list_images(files_from=tmp_path / "list", root=photos)) == [f"cat/{names[0].name}"]
+    assert ids(list_images(names[0], root=photos)) == [f"cat/{names[0].name}"]
 
 
 def test_boxes_of_a_table_are_embedded_each(photos: Path, backbone: Backbone, tmp_path: Path) -> None:
@@ -148,12 +152,128 @@ def test_a_video_needs_a_rate_and_a_folder_leaves_videos_out(photos: Path, tmp_p
     assert [failure.id for failure in list_images(tmp_path / "p", fps=1).failures] == ["cat/clip.mp4"]
 
 
-@pytest.mark.parametrize("name", ["missing", "missing.tar", "missing.csv", "missing.zip", "notes.txt", "x.tar"])
-def test_a_source_that_is_none_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "notes.txt").write_text("no images")
-    (tmp_path / "x.tar").write_text("no archive")
-    with pytest.raises(ImageError, match=name):
-        list_images(tmp_path / name)
+@pytest.mark.parametrize("fps", ["abc", 0, "1e999999999"])
+def test_a_rate_that_is_none_is_refused_before_anything_is_looked_at(photos: Path, fps: str | int) -> None:
+    for sources in ([photos], [photos, f"x={photos}"]):
+        with pytest.raises(ImageError, match=f"--fps {fps}: fps is a number above 0"):
+            list_images(*sources, fps=fps)
+
+
+def test_a_folder_says_what_else_is_in_it(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="embedkit")
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for names, hint in [
+        (["a.mp4"], "it holds 1 video: --fps 1 takes frames"),
+        (["b.MOV"], "it holds 2 videos: --fps 1 takes frames"),
+        (["b.tar", "a.zip"], f"it holds 2 archives: name them, such as '{folder}/a.zip'"),
+        (["a.csv"], f"it holds 1 table: name it, such as '{folder}/a.csv'"),
+    ]:
+        for name in names:
+            (folder / name).touch()
+        with pytest.raises(ImageError, match=r"no images in it \(\d other files\); .*images are called") as caught:
+            list_images(folder)
+        assert f"; {hint};" in caught.value.reason
+    assert caplog.messages == []
+    (folder / "a.jpg").touch()
+    assert ids(list_images(folder)) == ["a.jpg"]
+    assert caplog.messages == [f"{folder}: 2 videos are left out; --fps 1 takes frames"]
+
+
+def test_failures_among_videos_are_told_too(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    folder = shutil.copytree(photos, tmp_path / "p")
+    (folder / "cat" / "broken.mp4").symlink_to("nowhere")
+    (folder / "cat" / "broken.jpg").symlink_to("nowhere")
+    (folder / "cat" / "out.mp4").symlink_to("/etc/passwd")
+    (folder / "cat" / "text.mp4").write_text("no video")
+    assert [failure.id for failure in list_images(folder).failures] == ["cat/broken.jpg"]
+    listing = list_images(folder, fps=1)
+    assert [(failure.id, failure.kind) for failure in listing.failures] == [
+        ("cat/broken.jpg", "missing"), ("cat/broken.mp4", "missing"), ("cat/out.mp4", "refused"),
+        ("cat/text.mp4", "not-an-image"),
+    ]  # fmt: skip
+    assert len(listing.files) == 24 and listing.classes == ["cat", "dog"]
+    for path in folder.rglob("*.jpg"):
+        path.unlink()
+    assert [failure.id for failure in list_images(folder, fps=1).failures] == [
+        "cat/broken.mp4", "cat/out.mp4", "cat/text.mp4"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "use"),
+    [
+        ({"columns": {"path": "x"}}, "--columns applies to tables"),
+        ({"box_format": "xyxy"}, "--box-format applies to tables"),
+        ({"split": "train"}, "--split applies to tables and datasets"),
+        ({"root": "."}, "--root applies to tables and lists of files"),
+    ],
+)
+def test_what_applies_to_no_source_is_refused(photos: Path, tmp_path: Path, option: dict[str, Any], use: str) -> None:
+    archive = make_tar(photos, tmp_path / "x.tar")
+    with pytest.raises(ImageError, match=f"{photos}: {use}, and this is a folder") as caught:
+        list_images(photos, **option)
+    assert caught.value.kind == "refused"
+    with pytest.raises(ImageError, match=f"the sources: {use}, and none of the sources is one"):
+        list_images(photos, archive, **option)
+    with pytest.raises(
+        ImageError, match=r"x\.tar: --fps applies to videos and folders of them, and this is an archive"
+    ):
+        list_images(archive, fps=1)
+    (tmp_path / "list").write_text("/d/1.jpg\n")
+    if "root" not in option:
+        for arguments in ({"files_from": tmp_path / "list"}, {"sources": [photos / "cat" / "1.jpg"]}):
+            with pytest.raises(ImageError, match=f"{use}, and this is a list of image files"):
+                list_images(*arguments.pop("sources", []), **arguments, **option)
+    table = make_table(photos, tmp_path / "t" / "x.csv")
+    with pytest.raises(ImageError, match="--fps applies"):
+        list_images(table, fps=1)
+    if "root" in option:  # It is for one of them.
+        assert len(list_images(table, archive, root=photos).files) == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "no such file or folder"),
+        ("missing.jpg", "no such file or folder"),
+        ("missing.md", "no such file or folder"),
+        ("missing.tar", "no such file"),
+        ("missing.csv", "no such file"),
+        ("missing.mp4", "no such file"),
+        ("x.tar/missing", "no such file or folder"),
+        ("a\0b", "no such file or folder"),
+        ("notes.txt", "is a file, but no archive, table, video or image by its name, such as .tar"),
+        ("a.h5", "is a file, but no archive, table, video or image by its name, such as .tar"),
+        ("x.tar", "no tar or zip archive"),
+    ],
+)
+def test_a_source_that_is_none_is_named(tmp_path: Path, name: str, reason: str) -> None:
+    for file in ("notes.txt", "a.h5", "x.tar"):
+        (tmp_path / file).write_text("no images")
+    source = f"{tmp_path}/{name}"
+    with pytest.raises(ImageError) as caught:
+        list_images(source)
+    assert caught.value.id == source and caught.value.reason.startswith(reason)
+    assert (caught.value.reason == "no such file") == (reason == "no such file")
+
+
+def test_a_missing_shard_is_named_with_its_pattern_before_any_is_read(photos: Path, tmp_path: Path) -> None:
+    make_tar(photos, tmp_path / "part-000.tar")
+    (tmp_path / "part-001.tar").write_text("no archive")
+    for prefix in ("", "x="):
+        with pytest.raises(ImageError) as caught:
+            list_images(f"{prefix}{tmp_path}/part-{{000..003}}.tar")
+        assert caught.value.id == f"{tmp_path}/part-002.tar"
+        assert caught.value.reason == (
+            f"no such file; it is one of the 4 names that '{tmp_path}/part-{{000..003}}.tar' stands for; "
+            "narrow that to those that are there"
+        )
+
+
+def test_images_named_by_a_pattern_are_a_list(photos: Path) -> None:
+    assert ids(list_images(photos / "cat" / "{1,2}.jpg")) == ["1.jpg", "2.jpg"]
 
 
 def test_another_photograph_is_never_shown_for_the_one_that_was_embedded(

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import ImageError
-from embedkit.sources.entries import Entries, Entry, Listing, Renamed, by_bytes, classes_of
+from embedkit.sources.entries import Entries, Entry, Listing, Renamed, by_bytes, classes_of, leaves_root
+from embedkit.sources.failing import find_flaw, quoted
+from embedkit.text import counted
 
 Numbers = npt.NDArray[np.int64]
 
@@ -59,12 +61,17 @@ def join(listings: Mapping[str, Listing]) -> Listing:
     Parameters
     ----------
     listings : mapping of str to Listing
-        By their names, which are parts of a path.
+        By their names, which are parts of a path and no way out of it.
 
     Returns
     -------
     Listing
         An image keeps the class that it has in its own listing.
+
+    Raises
+    ------
+    ImageError
+        When ids cannot begin with a name, or two images have one id.
 
     Examples
     --------
@@ -74,10 +81,20 @@ def join(listings: Mapping[str, Listing]) -> Listing:
     >>> [file.id for file in join({"spring": spring, "autumn": autumn}).files]
     ['autumn/1.jpg', 'spring/1.jpg']
     """
+    for name in listings:
+        require_name(name, name)
     joined = _united(list(listings.items()), _common_root([part.root for part in listings.values()]))
     return replace(
         joined, sources={name: part.root for name, part in listings.items() if part.has_paths}, has_paths=False
     )
+
+
+def require_name(name: str, source: str) -> str:
+    """Return what the ids of a source begin with, or raise when they would lead out of their root."""
+    if find_flaw(name, "name") or leaves_root(name) or not {"", "."}.isdisjoint(name.split("/")):
+        reason = f"ids cannot begin with {quoted(name)}; call the source otherwise: NAME={source}"
+        raise ImageError(source, reason, "refused")
+    return name
 
 
 def unite(listings: Sequence[Listing]) -> Listing:
@@ -179,10 +196,22 @@ def choose(
     if limit is not None or sample is not None:
         failures = []
     if not len(kept) and not failures:
-        raise ImageError(os.fspath(listing.root), f"none of its {len(listing.files):,} images is chosen", "missing")
+        raise ImageError(os.fspath(listing.root), _nothing_chosen(listing.files, include), "missing")
     files = _Some(listing.files, kept)
     classes = classes_of(file.label for file in files) if listing.classes else []
     return replace(listing, files=files, classes=classes, failures=failures)
+
+
+def _nothing_chosen(entries: Sequence[Entry], include: Sequence[str]) -> str:
+    """Return why nothing is chosen, with what patterns are compared with."""
+    reason = f"none of its {counted(len(entries), 'image')} is chosen"
+    if len(entries):
+        reason += f"; their ids are such as {quoted(entries[0].id)}"
+    plain = next((pattern for pattern in include if not set("*?[").intersection(pattern)), None)
+    if plain is not None:
+        whole = "whole ids" if "/" in plain else "whole names of files"
+        reason += f"; {quoted(plain)} is compared with {whole}, and {quoted(plain.rstrip('/') + '/*')} takes a folder"
+    return reason
 
 
 def ids_of(entries: Sequence[Entry]) -> Iterator[str]:

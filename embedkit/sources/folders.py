@@ -102,10 +102,11 @@ def images_of(root: str | os.PathLike[str], ids: Sequence[str], found: Found, ma
     )
 
 
-def without_images(root: str | os.PathLike[str], found: Found, hint: str = "") -> ImageError:
-    """Return the failure of a folder that has no image."""
-    names = f"no images in it ({found.ignored:,} other files{hint}); images are called {' '.join(SUFFIXES)}"
-    return ImageError(os.fspath(root), names, "missing")
+def without_images(root: str | os.PathLike[str], found: Found, *hints: str) -> ImageError:
+    """Return the failure of a folder that has no image, with what may be done about it."""
+    names = f"images are called {' '.join(SUFFIXES)}"
+    reason = "; ".join([f"no images in it ({found.ignored:,} other files)", *hints, names])
+    return ImageError(os.fspath(root), reason, "missing")
 
 
 def is_called(name: str, suffixes: tuple[str, ...]) -> bool:

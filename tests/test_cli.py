@@ -131,7 +131,7 @@ def test_errors_are_one_message_without_a_traceback(
     (tmp_path / "empty").mkdir()
     for message, arguments in [
         ("missing.h5 does not exist", ["info", tmp_path / "missing.h5"]),
-        ("no such folder", ["extract", tmp_path / "missing", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
+        ("no such file or folder", ["extract", tmp_path / "missing", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
         ("no images", ["extract", tmp_path / "empty", "-o", tmp_path / "s.h5", "-m", tiny_backbone]),
         ("did you mean", ["extract", photos, "-o", tmp_path / "s.h5", "-m", "resnet5O"]),
         ("the file is missing", ["search", store, tmp_path / "missing.jpg"]),

@@ -173,7 +173,7 @@ _SOURCE_OPTIONS = [
         metavar="ROLE=NAME", help="Column of a table for path, id, label, split or box; may be repeated.",
     ),
     click.option(
-        "--root", metavar="FOLDER", help="Folder or URL that all paths in a table are below.  [default: the table's]"
+        "--root", metavar="FOLDER", help="Folder or URL that all paths in a table or a list of files are below."
     ),
     click.option("--split", metavar="NAME", help="Take the rows of this split of a table or a dataset."),
     click.option(

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "store": {"errors", "spec"},
     "extraction": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
-    "heads": {"errors", "spec", "store"},
+    "heads": {"errors", "spec", "store", "index"},
     "evaluation": {"errors", "spec", "text", "images", "backbones", "store", "extraction", "index", "heads"},
     "diagnosis": {"errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads"},
     "cli": {

@@ -1,0 +1,248 @@
+"""Gallery: the rows of a store to search in exactly, block by block and without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.errors import StoreFormatError
+from embedkit.store import Store
+
+METRICS = ("cosine", "ip", "l2")
+GALLERY_BLOCK = 8192  # Rows: 40 MB of a wide float32 store.
+QUERY_BLOCK = 1024
+
+Vectors = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Progress = Callable[[int, int], None]
+
+
+class Gallery:
+    """The rows of a store, searched by comparing every one of them.
+
+    The store is read block by block, once for all queries, with a heap of k for each of them: neither the gallery nor
+    the products have to fit into memory.
+
+    Parameters
+    ----------
+    store : Store
+        What to search in.
+    metric : str, default "cosine"
+        "cosine" similarity, "ip" (inner product), or "l2", the Euclidean distance.
+
+    Raises
+    ------
+    ValueError
+        When there is no such metric.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from embedkit import EmbeddingSpec, Store
+    >>> from embedkit.index import Gallery
+    >>> from embedkit.store import StoreWriter
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> spec = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=2)
+    >>> with StoreWriter(f"{folder.name}/s.h5", spec) as writer:
+    ...     writer.append([[1, 0], [2, 2], [0, 3]], ["a.jpg", "b.jpg", "c.jpg"])
+    ...     writer.finalise()
+    >>> scores, rows = Gallery(Store.open(f"{folder.name}/s.h5")).search(np.float32([[0, 1]]), k=2)
+    >>> rows.tolist(), scores.round(3).tolist()
+    ([[2, 1]], [[1.0, 0.707]])
+    >>> folder.cleanup()
+    """
+
+    def __init__(self, store: Store, metric: str = "cosine") -> None:
+        if metric not in METRICS:
+            raise ValueError(f"there is no metric {metric!r}; known: {', '.join(map(repr, METRICS))}")
+        self.store = store
+        self.metric = metric
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @cached_property
+    def norms(self) -> Vectors:
+        """Length of every embedding, of shape (n,).
+
+        Raises
+        ------
+        StoreFormatError
+            When an embedding is not finite.
+        """
+        norms = np.empty(len(self), dtype=np.float32)
+        for start, block in self._blocks():
+            norms[start : start + len(block)] = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float32))
+        if not np.isfinite(norms).all():
+            raise StoreFormatError(
+                f"{self.store.path} has embeddings that are not finite; find them with: embedkit verify"
+            )
+        return norms
+
+    def search(
+        self, queries: Vectors, k: int, *, keep: npt.NDArray[np.bool_] | None = None, progress: Progress | None = None
+    ) -> tuple[Vectors, Rows]:
+        """Return the k best rows of each query, best first.
+
+        Parameters
+        ----------
+        queries : array of shape (q, d)
+            float32, finite, of any length.
+        k : int
+            How many; all where there are fewer.
+        keep : array of bool of shape (n,), optional
+            The rows to search in.
+        progress : callable, optional
+            Called with the rows that were compared and their number.
+
+        Returns
+        -------
+        scores : array of shape (q, k)
+            Similarities, falling; with "l2" distances, rising. Equal ones stand in the order of their rows. They are
+            computed for each pair by itself, so that they do not depend on what else is searched for.
+        rows : array of shape (q, k)
+            Rows of the store.
+        """
+        chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
+        total = len(self) if chosen is None else len(chosen)
+        queries = self.prepared(queries)
+        k = min(k, total)
+        if not k or not len(queries):
+            return np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
+        # A few more than asked for, because products round otherwise than the scores in the end.
+        heaps = _Heaps(len(queries), min(k + 8, total))
+        for start, block in self._blocks(chosen):
+            rows = np.arange(start, start + len(block)) if chosen is None else chosen[start : start + len(block)]
+            for first in range(0, len(queries), QUERY_BLOCK):
+                heaps.add(first, self._likeness(queries[first : first + QUERY_BLOCK], block, rows), rows)
+            if progress is not None:
+                progress(start + len(block), total)
+        return best(self.scores(queries, heaps.rows), heaps.rows, k, rising=self.metric == "l2")
+
+    def within(
+        self, queries: Vectors, radius: float, *, keep: npt.NDArray[np.bool_] | None = None
+    ) -> list[tuple[Vectors, Rows]]:
+        """Return scores and rows of everything as near as `radius`, best first, for each query.
+
+        `radius` is the least similarity, or with "l2" the largest distance. The other parameters are as in `search`.
+        """
+        chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
+        queries = self.prepared(queries)
+        found: list[list[Rows]] = [[] for _ in queries]
+        # Products round otherwise than the scores in the end: what is a hair outside is looked at too.
+        least = -(max(radius, 0.0) ** 2) if self.metric == "l2" else radius
+        for start, block in self._blocks(chosen):
+            rows = np.arange(start, start + len(block)) if chosen is None else chosen[start : start + len(block)]
+            for first in range(0, len(queries), QUERY_BLOCK):
+                likeness = self._likeness(queries[first : first + QUERY_BLOCK], block, rows)
+                slack = 1e-5 * max(1.0, float(np.abs(likeness).max(initial=0)))
+                for query, column in zip(*np.nonzero(likeness >= least - slack), strict=True):
+                    found[first + query].append(rows[column])
+        return [
+            self._near(query, np.array(near, dtype=np.int64), radius)
+            for query, near in zip(queries, found, strict=True)
+        ]
+
+    def _near(self, query: Vectors, rows: Rows, radius: float) -> tuple[Vectors, Rows]:
+        scores = self.scores(query[None], rows[None])
+        near = scores <= radius if self.metric == "l2" else scores >= radius
+        scores, rows = best(scores[near][None], rows[near[0]][None], int(near.sum()), rising=self.metric == "l2")
+        return scores[0], rows[0]
+
+    def scores(self, queries: Vectors, rows: Rows) -> Vectors:
+        """Return how alike each query and each of its rows are.
+
+        Parameters
+        ----------
+        queries : array of shape (q, d)
+            As `prepared` returns them.
+        rows : array of shape (q, k)
+            Rows of the store; -1 for none.
+
+        Returns
+        -------
+        array of shape (q, k)
+            Similarities, or distances with "l2"; the worst there is where a row is -1.
+        """
+        vectors, places = self._memory(rows)
+        scores = np.empty(rows.shape, dtype=np.float32)
+        compute = faiss.fvec_L2sqr_by_idx if self.metric == "l2" else faiss.fvec_inner_products_by_idx
+        compute(
+            faiss.swig_ptr(scores), faiss.swig_ptr(queries), faiss.swig_ptr(vectors), faiss.swig_ptr(places),
+            queries.shape[1], len(queries), rows.shape[1],
+        )  # fmt: skip
+        if self.metric == "l2":
+            np.sqrt(scores, out=scores)
+        elif self.metric == "cosine":
+            norms = self.norms[rows]
+            np.divide(scores, norms, out=scores, where=norms > 0)
+            np.clip(scores, -1, 1, out=scores)
+        scores[rows < 0] = np.inf if self.metric == "l2" else -np.inf
+        return scores
+
+    def prepared(self, queries: Vectors) -> Vectors:
+        """Return queries as they are compared: of length 1 for cosine similarities; zero vectors stay zero."""
+        prepared = np.array(queries, dtype=np.float32, order="C")
+        if self.metric == "cosine":
+            faiss.normalize_L2(prepared)
+        return prepared
+
+    def _memory(self, rows: Rows) -> tuple[Vectors, Rows]:
+        """Return float32 vectors in memory, and where among them the vectors of `rows` lie."""
+        embeddings = self.store.embeddings
+        if embeddings.dtype == np.float32 and embeddings.flags.c_contiguous and embeddings.flags.aligned:
+            return embeddings, np.ascontiguousarray(rows)
+        wanted, places = np.unique(rows, return_inverse=True)
+        return self.store.rows(np.maximum(wanted, 0)), places.reshape(rows.shape)
+
+    def _likeness(self, queries: Vectors, block: Vectors, rows: Rows) -> Vectors:
+        """Return what ranks a block's rows as the metric does, larger for what is nearer, of shape (q, b)."""
+        products = queries @ block.T
+        norms = self.norms[rows]
+        if self.metric == "cosine":
+            products *= np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+        elif self.metric == "l2":
+            # -|q - x|^2 = 2 q x - |x|^2 - |q|^2
+            products *= 2
+            products -= norms * norms
+            products -= np.einsum("qd,qd->q", queries, queries)[:, None]
+        return products
+
+    def _blocks(self, chosen: Rows | None = None) -> Iterator[tuple[int, Vectors]]:
+        """Yield where each block begins, and its embeddings as float32."""
+        if chosen is None:
+            start = 0
+            for block in self.store.iter_blocks(GALLERY_BLOCK):
+                yield start, block
+                start += len(block)
+        else:
+            for start in range(0, len(chosen), GALLERY_BLOCK):
+                yield start, self.store.rows(chosen[start : start + GALLERY_BLOCK])
+
+
+class _Heaps:
+    """The k largest values of every query so far, and the rows that they are of."""
+
+    def __init__(self, q: int, k: int) -> None:
+        self.values = np.empty((q, k), dtype=np.float32)
+        self.rows = np.empty((q, k), dtype=np.int64)
+        self._heaps = faiss.float_minheap_array_t()
+        self._heaps.nh, self._heaps.k = q, k
+        self._heaps.val, self._heaps.ids = faiss.swig_ptr(self.values), faiss.swig_ptr(self.rows)
+        self._heaps.heapify()
+
+    def add(self, first: int, values: Vectors, rows: Rows) -> None:
+        """Add values of shape (q, b) for the queries from `first` on; `rows` are those of the b columns."""
+        q, b = values.shape
+        self._heaps.addn_with_ids(b, faiss.swig_ptr(values), faiss.swig_ptr(rows), 0, first, q)
+
+
+def best(scores: Vectors, rows: Rows, k: int, *, rising: bool) -> tuple[Vectors, Rows]:
+    """Return the k best of each line, the lower row first where scores are equal."""
+    order = np.lexsort((rows, scores if rising else -scores))[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
-
 
 import faiss
 import numpy as np
@@ -16,6 +16,8 @@ from embedkit.store import Store
 METRICS = ("cosine", "ip", "l2")
 GALLERY_BLOCK = 8192  # Rows: 40 MB of a wide float32 store.
 QUERY_BLOCK = 1024
+FEW_OPERATIONS = 1 << 21
+PRODUCTS = GALLERY_BLOCK * QUERY_BLOCK
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -52,7 +54,7 @@ class Gallery:
     ...     writer.append([[1, 0], [2, 2], [0, 3]], ["a.jpg", "b.jpg", "c.jpg"])
     ...     writer.finalise()
     >>> scores, rows = Gallery(Store.open(f"{folder.name}/s.h5")).search(np.float32([[0, 1]]), k=2)
-    >>> rows.tolist(), scores.round(3).tolist()
+    >>> rows.tolist(), [[round(float(score), 3) for score in scores[0]]]
     ([[2, 1]], [[1.0, 0.707]])
     >>> folder.cleanup()
     """
@@ -76,8 +78,10 @@ class Gallery:
             When an embedding is not finite.
         """
         norms = np.empty(len(self), dtype=np.float32)
-        for start, block in self._blocks():
-            norms[start : start + len(block)] = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float32))
+        done = 0
+        for block in self.store.iter_blocks(GALLERY_BLOCK):
+            norms[done : done + len(block)] = np.sqrt(np.einsum("nd,nd->n", block, block))
+            done += len(block)
         if not np.isfinite(norms).all():
             raise StoreFormatError(
                 f"{self.store.path} has embeddings that are not finite; find them with: embedkit verify"
@@ -116,12 +120,13 @@ class Gallery:
             return np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
         # A few more than asked for, because products round otherwise than the scores in the end.
         heaps = _Heaps(len(queries), min(k + 8, total))
-        for start, block in self._blocks(chosen):
-            rows = np.arange(start, start + len(block)) if chosen is None else chosen[start : start + len(block)]
+        done = 0
+        for rows, scales, block in self._blocks(chosen, max(GALLERY_BLOCK, PRODUCTS // len(queries))):
             for first in range(0, len(queries), QUERY_BLOCK):
-                heaps.add(first, self._likeness(queries[first : first + QUERY_BLOCK], block, rows), rows)
+                heaps.add(first, self._likeness(queries[first : first + QUERY_BLOCK], block, scales), rows)
+            done += len(rows)
             if progress is not None:
-                progress(start + len(block), total)
+                progress(done, total)
         return best(self.scores(queries, heaps.rows), heaps.rows, k, rising=self.metric == "l2")
 
     def within(
@@ -134,14 +139,16 @@ class Gallery:
         chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
         queries = self.prepared(queries)
         found: list[list[Rows]] = [[] for _ in queries]
-        # Products round otherwise than the scores in the end: what is a hair outside is looked at too.
-        least = -(max(radius, 0.0) ** 2) if self.metric == "l2" else radius
-        for start, block in self._blocks(chosen):
-            rows = np.arange(start, start + len(block)) if chosen is None else chosen[start : start + len(block)]
+        # The least likeness of each query. Products round otherwise than the scores in the end, so that what is a hair
+        # outside is looked at too.
+        squares = np.einsum("qd,qd->q", queries, queries)
+        least = squares - max(radius, 0.0) ** 2 if self.metric == "l2" else np.full(len(queries), radius)
+        for rows, scales, block in self._blocks(chosen):
             for first in range(0, len(queries), QUERY_BLOCK):
-                likeness = self._likeness(queries[first : first + QUERY_BLOCK], block, rows)
+                likeness = self._likeness(queries[first : first + QUERY_BLOCK], block, scales)
                 slack = 1e-5 * max(1.0, float(np.abs(likeness).max(initial=0)))
-                for query, column in zip(*np.nonzero(likeness >= least - slack), strict=True):
+                near = likeness >= least[first : first + QUERY_BLOCK, None] - slack
+                for query, column in zip(*np.nonzero(near), strict=True):
                     found[first + query].append(rows[column])
         return [
             self._near(query, np.array(near, dtype=np.int64), radius)
@@ -172,10 +179,11 @@ class Gallery:
         vectors, places = self._memory(rows)
         scores = np.empty(rows.shape, dtype=np.float32)
         compute = faiss.fvec_L2sqr_by_idx if self.metric == "l2" else faiss.fvec_inner_products_by_idx
-        compute(
-            faiss.swig_ptr(scores), faiss.swig_ptr(queries), faiss.swig_ptr(vectors), faiss.swig_ptr(places),
-            queries.shape[1], len(queries), rows.shape[1],
-        )  # fmt: skip
+        with _threads_for(rows.size * queries.shape[1]):
+            compute(
+                faiss.swig_ptr(scores), faiss.swig_ptr(queries), faiss.swig_ptr(vectors), faiss.swig_ptr(places),
+                queries.shape[1], len(queries), rows.shape[1],
+            )  # fmt: skip
         if self.metric == "l2":
             np.sqrt(scores, out=scores)
         elif self.metric == "cosine":
@@ -200,29 +208,38 @@ class Gallery:
         wanted, places = np.unique(rows, return_inverse=True)
         return self.store.rows(np.maximum(wanted, 0)), places.reshape(rows.shape)
 
-    def _likeness(self, queries: Vectors, block: Vectors, rows: Rows) -> Vectors:
+    def _likeness(self, queries: Vectors, block: Vectors, scales: Vectors) -> Vectors:
         """Return what ranks a block's rows as the metric does, larger for what is nearer, of shape (q, b)."""
-        products = queries @ block.T
-        norms = self.norms[rows]
+        products: Vectors = queries @ block.T
         if self.metric == "cosine":
-            products *= np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+            products *= scales
         elif self.metric == "l2":
-            # -|q - x|^2 = 2 q x - |x|^2 - |q|^2
+            # -|q - x|^2 = 2 q x - |x|^2 - |q|^2, where |q|^2 is the same for every x.
             products *= 2
-            products -= norms * norms
-            products -= np.einsum("qd,qd->q", queries, queries)[:, None]
+            products -= scales
         return products
 
-    def _blocks(self, chosen: Rows | None = None) -> Iterator[tuple[int, Vectors]]:
-        """Yield where each block begins, and its embeddings as float32."""
+    @cached_property
+    def _scales(self) -> Vectors:
+        """What products are multiplied by (cosine) or lessened by (l2), of shape (n,)."""
+        norms = self.norms
+        return norms * norms if self.metric == "l2" else np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+
+    @cached_property
+    def _numbers(self) -> Rows:
+        return np.arange(len(self))
+
+    def _blocks(self, chosen: Rows | None, size: int = GALLERY_BLOCK) -> Iterator[tuple[Rows, Vectors, Vectors]]:
+        """Yield rows, their scales and their embeddings as float32; larger blocks where they need no copy."""
         if chosen is None:
-            start = 0
-            for block in self.store.iter_blocks(GALLERY_BLOCK):
-                yield start, block
-                start += len(block)
+            step = size if self.store.dtype == np.float32 else GALLERY_BLOCK
+            for number, block in enumerate(self.store.iter_blocks(step)):
+                part = slice(number * step, number * step + len(block))
+                yield self._numbers[part], self._scales[part], block
         else:
             for start in range(0, len(chosen), GALLERY_BLOCK):
-                yield start, self.store.rows(chosen[start : start + GALLERY_BLOCK])
+                rows = chosen[start : start + GALLERY_BLOCK]
+                yield rows, self._scales[rows], self.store.rows(rows)
 
 
 class _Heaps:
@@ -239,7 +256,22 @@ class _Heaps:
     def add(self, first: int, values: Vectors, rows: Rows) -> None:
         """Add values of shape (q, b) for the queries from `first` on; `rows` are those of the b columns."""
         q, b = values.shape
-        self._heaps.addn_with_ids(b, faiss.swig_ptr(values), faiss.swig_ptr(rows), 0, first, q)
+        with _threads_for(values.size):
+            self._heaps.addn_with_ids(b, faiss.swig_ptr(values), faiss.swig_ptr(rows), 0, first, q)
+
+
+@contextmanager
+def _threads_for(operations: int) -> Iterator[None]:
+    """Do a little work in this thread alone: to wake the others after a matrix product takes milliseconds."""
+    if operations > FEW_OPERATIONS:
+        yield
+        return
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # Of this thread only: OpenMP keeps the number for each.
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def best(scores: Vectors, rows: Rows, k: int, *, rising: bool) -> tuple[Vectors, Rows]:

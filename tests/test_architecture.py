@@ -44,7 +44,7 @@ ONLY_USER = {
     "faiss": "index",
     "sklearn": "heads",
     "pyarrow": "store and sources",
-    "pandas": "store",
+    "pandas": "store and index",
     "lance": "store",
     "aiohttp": "sources",
     "av": "sources",

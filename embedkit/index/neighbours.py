@@ -6,10 +6,7 @@ An index is derived data: it knows the store's spec, and refuses a query that wa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -18,56 +15,8 @@ import numpy.typing as npt
 
 from embedkit.backbones import Backbone
 from embedkit.errors import EmbeddingShapeError, StoreFormatError
-from embedkit.index.pictures import image_path
+from embedkit.index.results import SearchResult
 from embedkit.store import Store
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One neighbour: its place (from 1), cosine similarity, row, id, class, and file where the root is known."""
-
-    rank: int
-    score: float
-    row: int
-    id: str
-    label: str | None
-    path: Path | None
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Iterating gives one list of `Hit` for each query; for a single query it gives the hits themselves.
-
-    Attributes
-    ----------
-    scores : array of shape (q, k)
-        Cosine similarities, falling.
-    rows : array of shape (q, k)
-        Rows of the store.
-    """
-
-    scores: npt.NDArray[np.float32]
-    rows: npt.NDArray[np.int64]
-    store: Store
-    single: bool = False
-
-    def hits(self, query: int = 0) -> list[Hit]:
-        """Return the neighbours of one query, best first."""
-        store, labels = self.store, self.store.labels
-        found = []
-        for rank, (score, row) in enumerate(zip(self.scores[query], self.rows[query], strict=True), start=1):
-            id, code = store.ids[row], -1 if labels is None else int(labels[row])
-            label = store.classes[code] if code >= 0 else None
-            found.append(Hit(rank, float(score), int(row), id, label, image_path(store, id)))
-        return found
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.hits()) if self.single else (self.hits(query) for query in range(len(self)))
-
-    def __len__(self) -> int:
-        return len(self.rows[0]) if self.single else len(self.rows)
 
 
 class Index:

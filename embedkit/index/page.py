@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from embedkit.errors import ImageError
 from embedkit.images import Data, Region, read_bytes, read_image, thumbnail
-from embedkit.index.neighbours import Hit, SearchResult
 from embedkit.index.pictures import read_picture
+from embedkit.index.results import Hit, SearchResult
 from embedkit.store import Store
 from embedkit.text import printable
 

@@ -187,17 +187,10 @@ def matching(store: Store, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
     """
     chosen = np.ones(len(store), dtype=bool)
     for pattern in patterns:
-        field, equals, glob = pattern.partition("=")
-        matches = re.compile(fnmatch.translate(glob)).match
-        if field == "id" and equals:
-            found = np.fromiter((matches(id) is not None for id in store.ids), dtype=bool, count=len(store))
-        elif field == "label" and equals:
-            hits = np.array([*(matches(name) is not None for name in store.classes), False], dtype=bool)
-            found = hits[_recoded(store, store.classes)]
-        else:
-            raise EvaluationError(f"{pattern!r} is not of the form label=PATTERN or id=PATTERN")
+        found = rows_matching(store, pattern)
         if not found.any():
-            some = f"its labels are {', '.join(store.classes[:10])}" if field == "label" else f"such as {store.ids[:1]}"
+            labels = pattern.startswith("label=")
+            some = f"its labels are {', '.join(store.classes[:10])}" if labels else f"such as {store.ids[:1]}"
             raise EvaluationError(f"no row of {store.path} matches {pattern!r}; {some}")
         chosen &= found
     if patterns and not chosen.any():
@@ -205,6 +198,24 @@ def matching(store: Store, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
             f"no row of {store.path} matches all of {', '.join(map(repr, patterns))}, though each alone"
         )
     return chosen
+
+
+def rows_matching(store: Store, pattern: str) -> npt.NDArray[np.bool_]:
+    """Return which rows match one of the patterns that `matching` takes, if any do.
+
+    Raises
+    ------
+    EvaluationError
+        When the pattern has another form.
+    """
+    field, equals, glob = pattern.partition("=")
+    matches = re.compile(fnmatch.translate(glob)).match
+    if field == "id" and equals:
+        return np.fromiter((matches(id) is not None for id in store.ids), dtype=bool, count=len(store))
+    if field == "label" and equals:
+        hits = np.array([*(matches(name) is not None for name in store.classes), False], dtype=bool)
+        return hits[_recoded(store, store.classes)]
+    raise EvaluationError(f"{pattern!r} is not of the form label=PATTERN or id=PATTERN")
 
 
 def named(store: Store, ids: Iterable[str], *, all_of_them: bool = False) -> npt.NDArray[np.bool_]:

@@ -95,9 +95,9 @@ class SearchResult:
             return None
         return _laid_out(self.rows, self._labels_of(self.rows[self.rows >= 0]))
 
-    def hits(self, query: int = 0) -> list[Hit]:
-        """Return the neighbours of one query, best first."""
-        found = self.rows[query] >= 0
+    def hits(self, query: int = 0, count: int | None = None) -> list[Hit]:
+        """Return the neighbours of one query, best first: all of them, or the first `count`."""
+        found = np.flatnonzero(self.rows[query] >= 0)[:count]
         rows, scores = self.rows[query][found], self.scores[query][found].tolist()
         ids, labels = self._ids_of(rows), self._labels_of(rows)
         return [
@@ -142,6 +142,11 @@ class SearchResult:
         }
         numbers = {"query": query, "rank": column + 1, "score": self.scores[query, column], "row": rows}
         return pandas.DataFrame(numbers | {name: pandas.Series(values, dtype=object) for name, values in texts.items()})
+
+    def _repr_html_(self) -> str:
+        from embedkit.index.page import result_strip
+
+        return result_strip(self)
 
     # The ids of a store are never all decoded for the few that are shown.
     def _ids_of(self, rows: Rows) -> list[str]:

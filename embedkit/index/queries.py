@@ -152,7 +152,8 @@ def _several(queries: Any) -> Sequence[Any] | None:
         # Rows and ids come as arrays too: from np.flatnonzero, or from what another search found.
         lists = queries.ndim == 4 or (queries.ndim == 1 and queries.dtype.kind in "iuUO")
         return list(queries) if lists else None
-    return queries if isinstance(queries, list | tuple | range) else None
+    listed = isinstance(queries, list | tuple | range) and not isinstance(queries, Region)
+    return queries if listed else None
 
 
 def _as_array(query: Any) -> Any:

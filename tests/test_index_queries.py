@@ -262,6 +262,15 @@ def test_filters_in_every_form(small: Store) -> None:
         assert np.flatnonzero(mask).tolist() == rows, where
 
 
+def test_beginnings_of_ids_match_as_any_pattern_does(tmp_path: Path) -> None:
+    ids = ["a", "a/b", "a/b]c.jpg", "a/é.jpg", "a/é/x", "b\udcff.jpg", "é.jpg"]
+    store = vectors_store(tmp_path / "s.h5", [[row, 1] for row in range(len(ids))], ids)
+    for beginning in ("", "a", "a/", "a/b]", "a/é", "a/e", "b\udcff", "é", "a/é.jpg", "a" * 99, "a\0"):
+        expected = [id.startswith(beginning) for id in store.ids]
+        mask, general = mask_of(f"id={beginning}*", store), mask_of(f"id={beginning}**", store)
+        assert mask is not None and general is not None and mask.tolist() == general.tolist() == expected, beginning
+
+
 def test_bad_filters_say_what_is_wrong(small: Store, tmp_path: Path) -> None:
     plain = vectors_store(tmp_path / "plain.h5", [[1, 0]], ["a"])
     errors: list[tuple[Store, Any, type[Exception], str]] = [

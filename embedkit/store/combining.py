@@ -18,6 +18,7 @@ import numpy.typing as npt
 from embedkit.errors import EvaluationError, StoreExistsError, StoreFormatError
 from embedkit.spec import canonical_json
 from embedkit.store.assembling import Content, Gather, Header, publish
+from embedkit.store.format import is_path
 from embedkit.store.locking import Lock, now, parts_folder
 from embedkit.store.plans import require_same_specs
 from embedkit.store.reader import Store
@@ -211,6 +212,10 @@ def rows_matching(store: Store, pattern: str) -> npt.NDArray[np.bool_]:
     field, equals, glob = pattern.partition("=")
     matches = re.compile(fnmatch.translate(glob)).match
     if field == "id" and equals:
+        prefix = glob.removesuffix("*")
+        if prefix != glob and is_path(prefix) and not re.search(r"[*?[]", prefix):
+            found: npt.NDArray[np.bool_] = np.char.startswith(store.images.ids, os.fsencode(prefix))
+            return found  # The commonest pattern: no id has to be decoded for it.
         return np.fromiter((matches(id) is not None for id in store.ids), dtype=bool, count=len(store))
     if field == "label" and equals:
         hits = np.array([*(matches(name) is not None for name in store.classes), False], dtype=bool)

@@ -32,7 +32,7 @@ figcaption small { display: block; opacity: .7; }
 """
 
 STRIP_QUERIES, STRIP_HITS, STRIP_PIXELS = 4, 8, 96
-_STRIP = "display: flex; flex-wrap: wrap; gap: 8px; margin: 4px 0 12px; align-items: end"
+_STRIP = "display: flex; flex-wrap: wrap; gap: 8px; margin: 4px 0 12px; align-items: flex-start"
 _FRAME = (
     f"height: {STRIP_PIXELS}px; overflow: hidden; display: flex; align-items: center; justify-content: center; "
     "background: #8882; border-radius: 4px; white-space: normal"
@@ -88,7 +88,7 @@ def result_strip(result: SearchResult) -> str:
     for number in range(len(shown)):
         hits, left = result.hits(number, STRIP_HITS), int((shown[number] >= 0).sum()) - STRIP_HITS
         head = "" if result.single else f"<div>query {number}</div>"
-        more = f"<div>and {left:,} more</div>" if left > 0 else ""
+        more = f'<div style="line-height: {STRIP_PIXELS}px">and {left:,} more</div>' if left > 0 else ""
         tiles = "".join(_tile(store, hit) for hit in hits)
         lines.append(f'{head}<div style="{_STRIP}">{tiles or "nothing found"}{more}</div>')
     if left := len(result.rows) - len(shown):
@@ -137,7 +137,7 @@ def _tile(store: Store, hit: Hit) -> str:
     picture = picture_tag(lambda: read_picture(store, hit.id), STRIP_PIXELS)
     caption = f"{hit.score:.3f}{'' if hit.label is None else f' {_text(hit.label)}'}"
     return (
-        f'<div style="width: {STRIP_PIXELS}px; overflow: hidden; text-overflow: ellipsis" title="{_text(hit.id)}">'
+        f'<div style="width: {STRIP_PIXELS}px; overflow-wrap: anywhere" title="{_text(hit.id)}">'
         f'<div style="{_FRAME}">{picture}</div>{caption}</div>'
     )
 

@@ -18,6 +18,7 @@ from embedkit.cli.diagnosis import doctor
 from embedkit.cli.extraction import extract
 from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
+from embedkit.cli.structure import cluster_store, outliers, retrieve
 from embedkit.errors import EmbedkitError
 
 
@@ -76,4 +77,6 @@ def main() -> None:
 for _command in (
     extract, info, status, verify, merge, select, export_store, import_store, search, probe, models, doctor,
 ):  # fmt: skip
+    main.add_command(_command)
+for _command in (retrieve, outliers, cluster_store):
     main.add_command(_command)

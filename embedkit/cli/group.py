@@ -15,6 +15,7 @@ import click
 from embedkit import __version__
 from embedkit.cli.commands import info, models, probe, search
 from embedkit.cli.diagnosis import doctor
+from embedkit.cli.duplicates import dedupe
 from embedkit.cli.extraction import extract
 from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
@@ -80,3 +81,4 @@ for _command in (
     main.add_command(_command)
 for _command in (retrieve, outliers, cluster_store):
     main.add_command(_command)
+main.add_command(dedupe)

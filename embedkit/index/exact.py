@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import StoreFormatError
+from embedkit.index.whitening import Whitening
 from embedkit.store import Store
 
 METRICS = ("cosine", "ip", "l2")
 GALLERY_BLOCK = 8192  # Rows: 40 MB of a wide float32 store.
 QUERY_BLOCK = 1024
 FEW_OPERATIONS = 1 << 21
-PRODUCTS = GALLERY_BLOCK * QUERY_BLOCK
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -36,11 +36,13 @@ class Gallery:
         What to search in.
     metric : str, default "cosine"
         "cosine" similarity, "ip" (inner product), or "l2", the Euclidean distance.
+    whitening : Whitening, optional
+        Compares whitened embeddings. The store is read as it is all the same: the query is transformed instead.
 
     Raises
     ------
     ValueError
-        When there is no such metric.
+        When there is no such metric, or it is not "cosine" with a whitening.
 
     Examples
     --------
@@ -59,18 +61,21 @@ class Gallery:
     >>> folder.cleanup()
     """
 
-    def __init__(self, store: Store, metric: str = "cosine") -> None:
+    def __init__(self, store: Store, metric: str = "cosine", whitening: Whitening | None = None) -> None:
         if metric not in METRICS:
             raise ValueError(f"there is no metric {metric!r}; known: {', '.join(map(repr, METRICS))}")
+        if whitening is not None and metric != "cosine":
+            raise ValueError(f"whitened embeddings are compared by cosine similarity, not by {metric!r}")
         self.store = store
         self.metric = metric
+        self.whitening = whitening
 
     def __len__(self) -> int:
         return len(self.store)
 
     @cached_property
     def norms(self) -> Vectors:
-        """Length of every embedding, of shape (n,).
+        """Length of every embedding as it is compared, of shape (n,).
 
         Raises
         ------
@@ -80,7 +85,8 @@ class Gallery:
         norms = np.empty(len(self), dtype=np.float32)
         done = 0
         for block in self.store.iter_blocks(GALLERY_BLOCK):
-            norms[done : done + len(block)] = np.sqrt(np.einsum("nd,nd->n", block, block))
+            compared = block if self.whitening is None else self.whitening.apply(block)
+            norms[done : done + len(block)] = np.sqrt(np.einsum("nd,nd->n", compared, compared))
             done += len(block)
         if not np.isfinite(norms).all():
             raise StoreFormatError(
@@ -112,16 +118,22 @@ class Gallery:
         rows : array of shape (q, k)
             Rows of the store.
         """
+        return self.search_placed(self.placed(queries), k, keep=keep, progress=progress)
+
+    def search_placed(
+        self, placed: Vectors, k: int, *, keep: npt.NDArray[np.bool_] | None = None, progress: Progress | None = None
+    ) -> tuple[Vectors, Rows]:
+        """Search as `search` does, with queries that `placed` returned."""
         chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
         total = len(self) if chosen is None else len(chosen)
-        queries = self.prepared(queries)
+        queries = self.prepared(placed)
         k = min(k, total)
         if not k or not len(queries):
             return np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
         # A few more than asked for, because products round otherwise than the scores in the end.
         heaps = _Heaps(len(queries), min(k + 8, total))
         done = 0
-        for rows, scales, block in self._blocks(chosen, max(GALLERY_BLOCK, PRODUCTS // len(queries))):
+        for rows, scales, block in self._blocks(chosen):
             for first in range(0, len(queries), QUERY_BLOCK):
                 heaps.add(first, self._likeness(queries[first : first + QUERY_BLOCK], block, scales), rows)
             done += len(rows)
@@ -137,7 +149,7 @@ class Gallery:
         `radius` is the least similarity, or with "l2" the largest distance. The other parameters are as in `search`.
         """
         chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
-        queries = self.prepared(queries)
+        queries = self.prepared(self.placed(queries))
         found: list[list[Rows]] = [[] for _ in queries]
         # The least likeness of each query. Products round otherwise than the scores in the end, so that what is a hair
         # outside is looked at too.
@@ -187,18 +199,30 @@ class Gallery:
         if self.metric == "l2":
             np.sqrt(scores, out=scores)
         elif self.metric == "cosine":
-            norms = self.norms[rows]
-            np.divide(scores, norms, out=scores, where=norms > 0)
+            if self.whitening is not None:
+                scores -= (queries @ self.whitening.mean)[:, None]
+            scores *= self._scales[rows]
             np.clip(scores, -1, 1, out=scores)
         scores[rows < 0] = np.inf if self.metric == "l2" else -np.inf
         return scores
 
-    def prepared(self, queries: Vectors) -> Vectors:
-        """Return queries as they are compared: of length 1 for cosine similarities; zero vectors stay zero."""
-        prepared = np.array(queries, dtype=np.float32, order="C")
+    def placed(self, vectors: Vectors) -> Vectors:
+        """Return embeddings as they are compared: whitened, and of length 1 for cosine similarities.
+
+        Zero vectors stay zero, and are similar to nothing.
+        """
+        if self.whitening is not None:
+            placed = self.whitening.apply(np.asarray(vectors, dtype=np.float32))
+        else:
+            placed = np.array(vectors, dtype=np.float32, order="C")
         if self.metric == "cosine":
-            faiss.normalize_L2(prepared)
-        return prepared
+            faiss.normalize_L2(placed)
+        return placed
+
+    def prepared(self, placed: Vectors) -> Vectors:
+        """Return what is multiplied with the embeddings as they are stored, for queries that `placed` returned."""
+        # With a whitening A and its mean m, a(q)'A (x - m) = (A'a(q))'x - (A'a(q))'m.
+        return placed if self.whitening is None else placed @ self.whitening.matrix
 
     def _memory(self, rows: Rows) -> tuple[Vectors, Rows]:
         """Return float32 vectors in memory, and where among them the vectors of `rows` lie."""
@@ -211,6 +235,8 @@ class Gallery:
     def _likeness(self, queries: Vectors, block: Vectors, scales: Vectors) -> Vectors:
         """Return what ranks a block's rows as the metric does, larger for what is nearer, of shape (q, b)."""
         products: Vectors = queries @ block.T
+        if self.whitening is not None:
+            products -= (queries @ self.whitening.mean)[:, None]
         if self.metric == "cosine":
             products *= scales
         elif self.metric == "l2":
@@ -229,12 +255,11 @@ class Gallery:
     def _numbers(self) -> Rows:
         return np.arange(len(self))
 
-    def _blocks(self, chosen: Rows | None, size: int = GALLERY_BLOCK) -> Iterator[tuple[Rows, Vectors, Vectors]]:
-        """Yield rows, their scales and their embeddings as float32; larger blocks where they need no copy."""
+    def _blocks(self, chosen: Rows | None) -> Iterator[tuple[Rows, Vectors, Vectors]]:
+        """Yield rows, their scales and their embeddings as float32."""
         if chosen is None:
-            step = size if self.store.dtype == np.float32 else GALLERY_BLOCK
-            for number, block in enumerate(self.store.iter_blocks(step)):
-                part = slice(number * step, number * step + len(block))
+            for number, block in enumerate(self.store.iter_blocks(GALLERY_BLOCK)):
+                part = slice(number * GALLERY_BLOCK, number * GALLERY_BLOCK + len(block))
                 yield self._numbers[part], self._scales[part], block
         else:
             for start in range(0, len(chosen), GALLERY_BLOCK):

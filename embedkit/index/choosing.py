@@ -1,0 +1,307 @@
+"""Choosing an index by measurement: on rows of the store that it does not hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.errors import EvaluationError
+from embedkit.index.coarse import Coarse, effort_limit, effort_name, extend, train
+from embedkit.index.exact import Gallery, Rows, Vectors, best
+from embedkit.index.families import EFFORTS, EXACT, REFINEMENTS, list_factories
+
+K = 10
+QUERIES = 2000
+SCREENED = 30_000  # Rows on which all families are tried before the best two are built in full.
+PRODUCTS = 4e12  # Multiplications of the exact search that measures: half a minute of two cores.
+SINGLES = 50
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a way to search was measured to do, on held-out rows of the store.
+
+    Attributes
+    ----------
+    factory : str
+        FAISS's name of it; "Flat" is the exact search.
+    effort : int or None
+        ``nprobe`` of an inverted file, ``efSearch`` of a graph.
+    refine : int
+        How many candidates are compared exactly, as a multiple of k.
+    ann_recall : float
+        Share of the exact ten neighbours that it found, by score, so that ties count.
+    queries_per_second : float
+        Of a batch.
+    seconds : float
+        Of a single query, the median.
+    bytes_per_row, build_seconds : float
+        What the index takes beside the store, and how long it took to build.
+    rows, queries : int
+        How many rows it held, and how many queries it was measured with.
+    """
+
+    factory: str
+    effort: int | None
+    refine: int
+    ann_recall: float
+    queries_per_second: float
+    seconds: float
+    bytes_per_row: float
+    build_seconds: float
+    rows: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What an index has to keep to: a recall, and at most so many bytes and seconds a query."""
+
+    recall: float | None = None
+    max_memory: int | None = None
+    max_latency: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Exam:
+    """Queries that an index does not hold, and the score of each one's tenth neighbour."""
+
+    placed: Vectors
+    least: npt.NDArray[np.float32]
+
+    def part(self, which: slice) -> _Exam:
+        return _Exam(self.placed[which], self.least[which])
+
+
+def choose(
+    gallery: Gallery, factory: str | None, wish: Wish, *, seed: int, say: Say
+) -> tuple[Coarse | None, Measurement, list[Measurement]]:
+    """Build the fastest index that keeps to a wish.
+
+    A part of the rows is held out as queries, and an index never holds those that it is measured with. Its settings are
+    chosen on one half of them, with a margin: the recall less 1.64 standard errors has to reach the wish. What is
+    reported comes from the other half, and if that falls short, the settings are raised. The held-out rows are added in
+    the end. A large gallery tries all families on a sample of its rows, and builds the fastest two in full.
+
+    Parameters
+    ----------
+    gallery : Gallery
+        What to search in.
+    factory : str, optional
+        A FAISS factory string, to build this one and no other.
+    wish : Wish
+        What it has to keep to. Without a recall, FAISS's own settings are measured and kept.
+    seed : int
+        Draws the held-out rows and the sample.
+    say : callable
+        Called with a line of text at each step.
+
+    Returns
+    -------
+    coarse : Coarse or None
+        The index, of all rows; None when exact search is what keeps to the wish.
+    chosen : Measurement
+        What it was measured to do.
+    tried : list of Measurement
+        Everything that was measured in full, the exact search first.
+
+    Raises
+    ------
+    EvaluationError
+        When nothing keeps to the wish, with what came nearest.
+    """
+    random = np.random.default_rng(seed)
+    rows, exam_rows = _held_out(gallery, random)
+    say(f"exact search of {len(exam_rows):,} held-out rows, to measure against")
+    exam = _exam(gallery, rows, exam_rows)
+    tried = [_measured_exactly(gallery, exam_rows)]
+    factories = [factory] if factory else _screened(gallery, rows, wish, random, seed, say)
+    options: list[tuple[Coarse, Measurement]] = []
+    for name in factories:
+        built, seconds = _built(gallery, name, rows, seed, say)
+        found = _tuned(built, gallery, exam, seconds, wish)
+        say(describe(found))
+        tried.append(found)
+        options.append((built, found))
+    keeping = [one for one in options if _keeps(one[1], wish, len(gallery))]
+    if factory is None and _keeps(tried[0], wish, len(gallery)):
+        keeping = [one for one in keeping if one[1].queries_per_second > tried[0].queries_per_second]
+        if not keeping:
+            return None, tried[0], tried
+    if not keeping:
+        raise EvaluationError(_unkept(gallery, wish, tried))
+    coarse, chosen = max(keeping, key=lambda one: one[1].queries_per_second)
+    return extend(coarse, gallery, exam_rows), chosen, tried
+
+
+def _held_out(gallery: Gallery, random: np.random.Generator) -> tuple[Rows, Rows]:
+    """Return the rows to index first, and those to search with."""
+    n = len(gallery)
+    count = int(min(QUERIES, n // 10, max(200, PRODUCTS / (n * gallery.store.dim))))
+    if count < 2:
+        raise EvaluationError(f"{gallery.store.path} has {n} rows: too few to measure an index on; search it exactly")
+    exam = np.zeros(n, dtype=np.bool_)
+    exam[random.choice(n, count, replace=False)] = True
+    return np.flatnonzero(~exam), random.permutation(np.flatnonzero(exam))
+
+
+def _exam(gallery: Gallery, rows: Rows, exam_rows: Rows) -> _Exam:
+    keep = np.zeros(len(gallery), dtype=np.bool_)
+    keep[rows] = True
+    placed = gallery.placed(gallery.store.rows(exam_rows))
+    scores, _ = gallery.search_placed(placed, min(K, len(rows)), keep=keep)
+    return _Exam(placed, scores[:, -1])
+
+
+def _measured_exactly(gallery: Gallery, exam_rows: Rows) -> Measurement:
+    placed = gallery.placed(gallery.store.rows(exam_rows[: (len(exam_rows) + 1) // 2]))
+    started = time.perf_counter()
+    gallery.search_placed(placed, K)
+    rate = len(placed) / (time.perf_counter() - started)
+    seconds = _median_seconds(lambda query: gallery.search_placed(query, K), placed[:5])
+    return Measurement(EXACT, None, 1, 1.0, rate, seconds, 0.0, 0.0, len(gallery), len(placed))
+
+
+def _screened(gallery: Gallery, rows: Rows, wish: Wish, random: np.random.Generator, seed: int, say: Say) -> list[str]:
+    """Return the factories to build in full: all for a small gallery, else those that did best on a part of it."""
+    if len(rows) <= 2 * SCREENED:
+        return list_factories(len(rows), gallery.store.dim, gallery.metric)
+    sample = random.choice(rows, SCREENED + 500, replace=False)
+    part, exam_rows = np.sort(sample[500:]), sample[:500]
+    exam = _exam(gallery, part, exam_rows)
+    scores: dict[str, float] = {}
+    small, large = (list_factories(count, gallery.store.dim, gallery.metric) for count in (len(part), len(rows)))
+    for name, full in zip(small, large, strict=True):
+        built, seconds = _built(gallery, name, part, seed, lambda line: None)
+        found = _tuned(built, gallery, exam, seconds, wish)
+        within = wish.max_memory is None or found.bytes_per_row * len(gallery) <= wish.max_memory
+        if found.ann_recall >= (wish.recall or 0) and within:
+            scores[full] = found.queries_per_second
+        say(f"on a sample of {len(part):,} rows: {describe(found)}{'' if full in scores else ': left out'}")
+    return sorted(scores, key=scores.__getitem__, reverse=True)[:2]
+
+
+def _built(gallery: Gallery, factory: str, rows: Rows, seed: int, say: Say) -> tuple[Coarse, float]:
+    say(f"building {factory} of {len(rows):,} rows")
+    started = time.perf_counter()
+    built = extend(train(gallery, factory, rows, seed=seed), gallery, rows)
+    return built, time.perf_counter() - started
+
+
+def _tuned(coarse: Coarse, gallery: Gallery, exam: _Exam, build_seconds: float, wish: Wish) -> Measurement:
+    """Return the fastest settings that reach the recall on one half of the exam, as measured on the other."""
+    half = len(exam.least) // 2
+    chosen, judged = exam.part(slice(half)), exam.part(slice(half, None))
+    facts = (coarse.count_bytes() / max(1, len(coarse)), build_seconds, len(coarse))
+
+    def measured(effort: int | None, refine: int) -> Measurement:
+        recalls, rate = _recalls(coarse, gallery, judged, effort, refine)
+        seconds = _median_seconds(lambda query: found_rows(coarse, gallery, query, K, effort, refine), judged.placed)
+        return Measurement(
+            coarse.factory, effort, refine, float(recalls.mean()), rate, seconds, *facts, len(judged.least)
+        )
+
+    if wish.recall is None:
+        return measured(None, 1)
+    settings = list(_sufficient(coarse, gallery, chosen, wish.recall))
+    found: Measurement | None = None
+    for effort, refine, _ in sorted(settings, key=lambda one: -one[2]):
+        candidate = measured(effort, refine)
+        if found is None or candidate.ann_recall > found.ann_recall:
+            found = candidate
+        if candidate.ann_recall >= wish.recall:
+            return candidate
+    return found or measured(min(EFFORTS[-1], effort_limit(coarse.index)) if effort_name(coarse.index) else None, 40)
+
+
+def _sufficient(
+    coarse: Coarse, gallery: Gallery, exam: _Exam, recall: float
+) -> Iterator[tuple[int | None, int, float]]:
+    """Yield settings that reach a recall with a margin, and their queries a second."""
+    efforts: Sequence[int | None] = [None]
+    if effort_name(coarse.index) is not None:
+        limit = effort_limit(coarse.index)
+        efforts = [effort for effort in EFFORTS if effort < limit] + ([limit] if limit <= EFFORTS[-1] else [])
+    fastest = 0.0
+    for refine in REFINEMENTS:
+        low, high = 0, len(efforts)  # The least effort that is enough lies between them.
+        while low < high:
+            middle = (low + high) // 2
+            recalls, rate = _recalls(coarse, gallery, exam, efforts[middle], refine)
+            margin = 1.64 * float(recalls.std()) / np.sqrt(len(recalls))
+            if float(recalls.mean()) - margin >= recall:
+                yield efforts[middle], refine, rate
+                fastest, high = max(fastest, rate), middle
+            elif rate < fastest:
+                break  # More effort is slower still.
+            else:
+                low = middle + 1
+
+
+def _recalls(
+    coarse: Coarse, gallery: Gallery, exam: _Exam, effort: int | None, refine: int
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Return the recall of each query, and queries a second, the better of two rounds."""
+    rates = []
+    for _ in range(2):
+        started = time.perf_counter()
+        scores, _ = found_rows(coarse, gallery, exam.placed, K, effort, refine)
+        rates.append(len(scores) / (time.perf_counter() - started))
+    least = exam.least[:, None]
+    near = scores <= least if gallery.metric == "l2" else scores >= least
+    return near.sum(axis=1) / min(K, len(coarse)), max(rates)
+
+
+def found_rows(
+    coarse: Coarse,
+    gallery: Gallery,
+    placed: Vectors,
+    k: int,
+    effort: int | None,
+    refine: int,
+    keep: npt.NDArray[np.bool_] | None = None,
+) -> tuple[Vectors, Rows]:
+    """Return the k best of the candidates that an index names, compared exactly; rows are -1 where it named too few."""
+    rows = coarse.candidates(placed, k * refine, effort, keep)
+    return best(gallery.scores(gallery.prepared(placed), rows), rows, k, rising=gallery.metric == "l2")
+
+
+def _median_seconds(search: Callable[[Vectors], object], placed: Vectors) -> float:
+    seconds = []
+    for query in placed[:SINGLES]:
+        started = time.perf_counter()
+        search(query[None])
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def _keeps(found: Measurement, wish: Wish, n: int) -> bool:
+    return (
+        (wish.recall is None or found.ann_recall >= wish.recall)
+        and (wish.max_memory is None or found.bytes_per_row * n <= wish.max_memory)
+        and (wish.max_latency is None or found.seconds <= wish.max_latency)
+    )
+
+
+def _unkept(gallery: Gallery, wish: Wish, tried: Sequence[Measurement]) -> str:
+    wanted = [] if wish.recall is None else [f"a recall of {wish.recall:g}"]
+    wanted += [] if wish.max_memory is None else [f"{wish.max_memory:,} bytes"]
+    wanted += [] if wish.max_latency is None else [f"{1000 * wish.max_latency:g} ms a query"]
+    lines = "".join(f"\n  {describe(found)}" for found in tried)
+    return f"no index of {gallery.store.path} keeps to {' and '.join(wanted)}; measured:{lines}"
+
+
+def describe(found: Measurement) -> str:
+    """Return a measurement as one line."""
+    effort = "" if found.effort is None else f" effort {found.effort}"
+    return (
+        f"{found.factory}{effort} refine {found.refine}: recall@{K} {found.ann_recall:.4f}, "
+        f"{found.queries_per_second:,.0f} queries/s, {1000 * found.seconds:.2f} ms alone, "
+        f"{found.bytes_per_row:,.0f} bytes a row, built in {found.build_seconds:.1f} s"
+    )

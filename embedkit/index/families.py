@@ -1,0 +1,60 @@
+"""Families: the kinds of FAISS indexes that are tried when a recall is asked for."""
+
+from __future__ import annotations
+
+EXACT = "Flat"
+REFINEMENTS = (1, 2, 3, 5, 10, 20, 40)
+EFFORTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def list_factories(n: int, dim: int, metric: str) -> list[str]:
+    """Return FAISS factory strings that may suit a gallery, one or more of each family.
+
+    Candidates are compared exactly with the store's own rows afterwards, so that an index may be coarse: it is what
+    FAISS calls a refine, without a second copy of the embeddings.
+
+    Parameters
+    ----------
+    n, dim : int
+        Rows and their width.
+    metric : str
+        "cosine", "l2" or "ip". Inner products do not survive a PCA, which moves the origin.
+
+    Returns
+    -------
+    list of str
+        Graphs (HNSW), inverted files of whole vectors (IVF-Flat), of products of quantisers four bits wide (IVF-PQ), of
+        scalar and of RaBitQ quantisers.
+
+    Examples
+    --------
+    >>> from embedkit.index.families import list_factories
+    >>> list_factories(100_000, 1280, "cosine")[-1]
+    'PCAR256,IVF1024,RaBitQfs'
+    """
+    lists = count_lists(n)
+    widths = [width for width in (128, 256) if width < dim] if metric != "ip" else []
+    found = ["HNSW32", f"IVF{lists},Flat", f"IVF{lists},SQ8"]
+    found += [f"PCA{width},HNSW32" for width in widths]
+    found += [f"PCA{width},IVF{lists},PQ{width // 2}x4fs" for width in widths]
+    found += [f"PCA{width},IVF{lists},SQ8" for width in widths[:1]]
+    if dim <= 512:
+        found += [f"IVF{lists},PQ{dim // 2}x4fs"] if dim % 2 == 0 else []
+    widest = widths[-1] if widths else dim
+    found.append(f"{'PCAR' if widths else 'RR'}{widest},IVF{lists},RaBitQfs")
+    return found
+
+
+def count_lists(n: int) -> int:
+    """Return how many inverted lists suit a gallery: about four times the root of its rows, a power of two.
+
+    Examples
+    --------
+    >>> from embedkit.index.families import count_lists
+    >>> count_lists(100_000), count_lists(1_000_000)
+    (1024, 4096)
+    """
+    lists = 1
+    while lists * lists * 8 < 16 * n and lists * 2 * 40 <= n:  # The nearest power of two, with 40 rows a list or more.
+        lists *= 2
+    return lists

@@ -1,0 +1,103 @@
+"""Whitening: embeddings turned, scaled and shortened so that no direction outweighs the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.store import Store
+
+SAMPLE = 100_000  # Rows. A covariance of a few thousand directions needs no more.
+FLOOR = 1e-6  # Of the largest variance. What varies less is rounding, and would be made as loud as the rest.
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """A linear map after which all directions vary alike.
+
+    Attributes
+    ----------
+    mean : array of shape (d,)
+        What is taken away first, float32.
+    matrix : array of shape (m, d)
+        What is multiplied with then, float32.
+    """
+
+    mean: npt.NDArray[np.float32]
+    matrix: npt.NDArray[np.float32]
+
+    @property
+    def dim(self) -> int:
+        """Width of whitened embeddings."""
+        return len(self.matrix)
+
+    def apply(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return vectors of shape (n, d) whitened, of shape (n, m)."""
+        whitened: npt.NDArray[np.float32] = (vectors - self.mean) @ self.matrix.T
+        return whitened
+
+
+def fit_whitening(store: Store, dim: int, *, seed: int = 0) -> Whitening:
+    """Learn a whitening from the embeddings of a store.
+
+    Parameters
+    ----------
+    store : Store
+        What to learn from: all rows, or a sample of 100,000.
+    dim : int
+        Width to keep: that many directions of the largest variance.
+    seed : int, default 0
+        Draws the sample.
+
+    Returns
+    -------
+    Whitening
+
+    Raises
+    ------
+    ValueError
+        When the store is narrower than `dim`, or its rows do not vary in as many directions.
+
+    Notes
+    -----
+    Jegou and Chum, "Negative evidences and co-occurrences in image retrieval: the benefit of PCA and whitening", 2012.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from embedkit import EmbeddingSpec, Store
+    >>> from embedkit.index.whitening import fit_whitening
+    >>> from embedkit.store import StoreWriter
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> spec = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=4)
+    >>> x = np.random.default_rng(0).standard_normal((500, 4)) * [9, 3, 1, 0.1]
+    >>> with StoreWriter(f"{folder.name}/s.h5", spec) as writer:
+    ...     writer.append(x, [f"{row:03}.jpg" for row in range(500)])
+    ...     writer.finalise()
+    >>> store = Store.open(f"{folder.name}/s.h5")
+    >>> whitening = fit_whitening(store, 2)
+    >>> bool(np.allclose(np.cov(whitening.apply(np.float32(x)).T), np.eye(2), atol=0.01))
+    True
+    >>> folder.cleanup()
+    """
+    if not 1 <= dim <= store.dim:
+        raise ValueError(f"{store.path} holds embeddings of width {store.dim}; cannot whiten to {dim}")
+    rows = np.arange(len(store))
+    if len(rows) > SAMPLE:
+        rows = np.sort(np.random.default_rng(seed).choice(len(store), SAMPLE, replace=False))
+    total, products = np.zeros(store.dim), np.zeros((store.dim, store.dim))
+    for start in range(0, len(rows), 8192):
+        block = store.rows(rows[start : start + 8192])
+        total += block.sum(axis=0, dtype=np.float64)
+        products += block.T @ block
+    # cov = E[xx'] - E[x]E[x]' = V diag(v) V', and diag(v)^-1/2 V' whitens.
+    mean = total / max(1, len(rows))
+    variances, directions = np.linalg.eigh(products / max(1, len(rows)) - np.outer(mean, mean))
+    varied = int((variances > FLOOR * max(variances[-1], 0)).sum())
+    if varied < dim:
+        raise ValueError(f"{store.path}: {len(rows):,} rows vary in {varied} directions; cannot whiten to {dim}")
+    kept = slice(store.dim - dim, None)
+    matrix = (directions[:, kept] / np.sqrt(variances[kept])).T[::-1]
+    return Whitening(mean.astype(np.float32), np.ascontiguousarray(matrix, dtype=np.float32))

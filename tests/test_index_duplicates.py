@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -17,9 +18,9 @@ from PIL import Image
 from embedkit import Backbone, EmbeddingSpec, SpecMismatchError, Store, StoreFormatError, extract
 from embedkit.cli import main
 from embedkit.index.duplicates import Duplicates, find_duplicates
-from embedkit.index.duplicates_page import duplicates_page
 from embedkit.index.exact import Gallery
 from embedkit.index.grouping import Forest
+from embedkit.index.groups_page import duplicates_page
 from embedkit.index.leaks import find_leaks
 from embedkit.index.removal import removable
 from embedkit.index.sketches import Sketch, plan, principal_axes, tiles
@@ -337,6 +338,8 @@ def test_dedupe_prints_groups_in_every_form(world: Path, store: Store, tmp_path:
     paths = run(*arguments, "--plain").stdout.splitlines()
     assert str(world / "cat" / "copy.jpg") in paths and len(paths) == 2 and sorted(world.rglob("*")) == before
     run(*arguments, "--json", "--csv", code=2)
+    (option,) = (option for option in main.commands["dedupe"].params if option.name == "threshold")
+    assert option.default == inspect.signature(find_duplicates).parameters["threshold"].default
     assert "neither auto nor a similarity" in run("dedupe", store.path, "--threshold", "97", code=2).output
 
 
@@ -347,7 +350,7 @@ def test_dedupe_against_another_store(world: Path, store: Store, tiny_backbone: 
     arguments = ["dedupe", store.path, "--against", other.path, "--threshold", "1.0"]
     found = run(*arguments)
     assert found.stdout.split() == ["cat/3.jpg", "exact", "three.jpg"]
-    assert "1 of the 27 images of world.h5 are in other.h5 too" in found.stderr
+    assert "1 of the 27 images of world.h5 are in other.h5 too, 1 of them exactly" in found.stderr
     (line,) = (json.loads(line) for line in run(*arguments, "--json").stdout.splitlines())
     assert line["id"] == "cat/3.jpg" and line["other"]["id"] == "three.jpg" and line["other"]["exact"]
     (row,) = csv.DictReader(io.StringIO(run(*arguments, "--csv").stdout))

@@ -45,8 +45,8 @@ class _Similarity(click.ParamType):  # type: ignore[type-arg]
 @click.command()
 @click.argument("store", type=FILE)
 @click.option(
-    "--threshold", type=_Similarity(), default="auto", show_default=True,
-    help="Least cosine similarity of near duplicates; auto chooses it from the store.",
+    "--threshold", type=_Similarity(), default="auto", show_default=True, metavar="SIMILARITY",
+    help="Least cosine similarity of near duplicates, such as 0.97; auto chooses it from the store.",
 )  # fmt: skip
 @click.option("--against", type=FILE, metavar="OTHER", help="Find what of STORE is in this store too, such as a leak.")
 @layer_option
@@ -74,7 +74,7 @@ def dedupe(
     at most ten of those for each. Groups in which labels disagree are marked.
     """
     from embedkit.index.duplicates import find_duplicates
-    from embedkit.index.duplicates_page import duplicates_page
+    from embedkit.index.groups_page import duplicates_page
     from embedkit.index.leaks import Leaks, find_leaks
     from embedkit.store import Store
 
@@ -174,9 +174,10 @@ def _print_leaks(found: Leaks, *, as_json: bool, as_csv: bool, quiet: bool) -> N
             likeness = "exact" if right.exact else f"{right.similarity:.4f}"
             differs = f"  (labels disagree: {left.label}, {right.label})" if _differ(left, right) else ""
             click.echo(printable(f"  {likeness:<6}  {right.id}{differs}"))
-    leaked = len(found.leaked)
+    leaked, exactly = len(found.leaked), len(set(found.left_rows[found.exact].tolist()))
     names = printable(found.left.path.name), printable(found.right.path.name)
-    printing.notice(f"{leaked:,} of the {len(found.left):,} images of {names[0]} are in {names[1]} too", quiet)
+    line = f"{leaked:,} of the {len(found.left):,} images of {names[0]} are in {names[1]} too"
+    printing.notice(f"{line}, {exactly:,} of them exactly", quiet)
 
 
 def _differ(left: Member, right: Member) -> bool:

@@ -161,7 +161,7 @@ def find_duplicates(
         The least similarity of near duplicates; "auto" chooses it from the distances between neighbours, see
         `choose_threshold`.
     progress : callable, optional
-        Called with the rows that were compared and their number.
+        Called with the rows that were compared and their number; first for the threshold when it is chosen.
 
     Returns
     -------
@@ -201,7 +201,7 @@ def find_duplicates(
     store = store if isinstance(store, Store) else Store.open(store)
     wanted = None if threshold == "auto" else checked_threshold(float(threshold))
     gallery = Gallery(store)
-    found = wanted or choose_threshold(gallery)
+    found = wanted or choose_threshold(gallery, progress=progress)
     contents = same_content([store])
     forest = Forest(len(store))
     forest.join(np.arange(len(store)), firsts_of(contents))

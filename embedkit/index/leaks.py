@@ -77,7 +77,8 @@ def find_leaks(
     most : int, default 10
         How many rows of `right` to name for each row of `left`: the exact ones, then the most similar.
     progress : callable, optional
-        Called with the rows of `left` that were compared and their number.
+        Called with the rows of `left` that were compared and their number; first with those of `right`, when the
+        threshold is chosen.
 
     Returns
     -------
@@ -107,7 +108,7 @@ def find_leaks(
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
     one, other = Gallery(left), Gallery(right)
-    found = wanted or choose_threshold(other, one)
+    found = wanted or choose_threshold(other, one, progress=progress)
     contents = same_content([left, right])
     pairs = np.concatenate(
         [_exact_pairs(contents, len(left), most), _near_pairs(one, other, found.value, most, progress)]

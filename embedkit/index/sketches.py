@@ -69,7 +69,7 @@ class Sketch:
     @property
     def block(self) -> int:
         """How many rows are compared at a time; more of them where they are read again and again."""
-        return 512 if self.axes is not None else 4096
+        return 512 if self.axes is not None else 2048
 
     def vectors(self, start: int, stop: int) -> Vectors:
         """Return what bounds the similarities of rows from `start` to `stop`, of shape (stop - start, m + 1)."""

@@ -166,6 +166,14 @@ def test_labels_that_disagree_are_told(tmp_path: Path) -> None:
         find_duplicates(store)[2]
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_stores_with_next_to_nothing(tmp_path: Path, n: int) -> None:
+    few, more = make(tmp_path / "few.h5", np.ones((n, 3))), make(tmp_path / "more.h5", np.ones((2, 3)))
+    assert len(find_duplicates(few)) == 0 and len(find_duplicates(few).superfluous) == 0
+    assert find_leaks(few, more).right_rows.tolist() == [0, 1] * n
+    assert find_leaks(more, few).left_rows.tolist() == [0, 1] * n
+
+
 @pytest.mark.parametrize("threshold", [0, -1, 1.01, float("nan")])
 def test_what_is_no_similarity_is_refused(tmp_path: Path, threshold: float) -> None:
     store = make(tmp_path / "s.h5", np.eye(2))
@@ -350,7 +358,9 @@ def test_dedupe_against_another_store(world: Path, store: Store, tiny_backbone: 
     arguments = ["dedupe", store.path, "--against", other.path, "--threshold", "1.0"]
     found = run(*arguments)
     assert found.stdout.split() == ["cat/3.jpg", "exact", "three.jpg"]
-    assert "1 of the 27 images of world.h5 are in other.h5 too, 1 of them exactly" in found.stderr
+    assert (
+        "1 of the 27 images of world.h5 have duplicates or near ones in other.h5, 1 of them exact ones" in found.stderr
+    )
     (line,) = (json.loads(line) for line in run(*arguments, "--json").stdout.splitlines())
     assert line["id"] == "cat/3.jpg" and line["other"]["id"] == "three.jpg" and line["other"]["exact"]
     (row,) = csv.DictReader(io.StringIO(run(*arguments, "--csv").stdout))
@@ -358,7 +368,10 @@ def test_dedupe_against_another_store(world: Path, store: Store, tiny_backbone: 
     assert run(*arguments, "--plain").stdout.splitlines() == [str(world / "cat" / "3.jpg")]
     page = tmp_path / "page.html"
     run(*arguments, "--html", page)
-    assert page.read_text().count("<img ") == 2 and "1 image of world.h5 is in other.h5" in page.read_text()
+    assert (
+        page.read_text().count("<img ") == 2
+        and "1 image of world.h5 has duplicates or near ones in other.h5" in page.read_text()
+    )
 
 
 def test_the_page_is_bounded_and_holds_everything(store: Store, tmp_path: Path) -> None:

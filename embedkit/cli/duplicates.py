@@ -176,8 +176,8 @@ def _print_leaks(found: Leaks, *, as_json: bool, as_csv: bool, quiet: bool) -> N
             click.echo(printable(f"  {likeness:<6}  {right.id}{differs}"))
     leaked, exactly = len(found.leaked), len(set(found.left_rows[found.exact].tolist()))
     names = printable(found.left.path.name), printable(found.right.path.name)
-    line = f"{leaked:,} of the {len(found.left):,} images of {names[0]} are in {names[1]} too"
-    printing.notice(f"{line}, {exactly:,} of them exactly", quiet)
+    line = f"{leaked:,} of the {len(found.left):,} images of {names[0]} have duplicates or near ones in {names[1]}"
+    printing.notice(f"{line}, {exactly:,} of them exact ones", quiet)
 
 
 def _differ(left: Member, right: Member) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from embedkit.index.duplicates import Duplicates, Group, Member
 from embedkit.index.leaks import Leaks
 from embedkit.index.page import picture_tag
@@ -43,7 +45,7 @@ def duplicates_page(found: Duplicates | Leaks, *, groups: int = GROUPS, members:
     Parameters
     ----------
     found : Duplicates or Leaks
-        Of leaks, a group is a row of the left store with what it resembles in the right one.
+        Of leaks, a group is a row of the left store with what it resembles in the right one, the surest first.
     groups, members : int
         How many groups to show, and how many images of each; the page says how many there are.
     size : int, default 192
@@ -56,8 +58,8 @@ def duplicates_page(found: Duplicates | Leaks, *, groups: int = GROUPS, members:
     """
     if isinstance(found, Leaks):
         count, of = len(found.leaked), found.left
-        what = counted(count, "image")
-        title = f"{what} of {_text(of.path.name)} {'is' if count == 1 else 'are'} in {_text(found.right.path.name)}"
+        has = f"{counted(count, 'image')} of {_text(of.path.name)} {'has' if count == 1 else 'have'}"
+        title = f"{has} duplicates or near ones in {_text(found.right.path.name)}"
         sections = _leak_sections(found, groups, members, size)
     else:
         count, of = len(found), found.store
@@ -81,7 +83,9 @@ def _group_section(group: Group, members: int, size: int) -> str:
 
 
 def _leak_sections(found: Leaks, groups: int, members: int, size: int) -> Iterator[str]:
-    for row in found.leaked[:groups].tolist():
+    firsts = found.left_rows.searchsorted(found.leaked)
+    surest = np.lexsort((-found.scores[firsts], ~found.exact[firsts]))
+    for row in found.leaked[surest[:groups]].tolist():
         at = slice(*found.left_rows.searchsorted([row, row + 1]))
         one = Group(found.left, found.left_rows[at][:1], found.scores[at][:1], found.exact[at][:1])[0]
         others = Group(found.right, found.right_rows[at], found.scores[at], found.exact[at])

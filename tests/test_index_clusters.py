@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sklearn.metrics import normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 
-from embedkit import EmbeddingSpec, Store, StoreFormatError
+from embedkit import EmbeddingSpec, EvaluationError, Store, StoreFormatError
 from embedkit.cli import main
 from embedkit.index import clusters
 from embedkit.index.clusters import cluster
@@ -113,7 +113,7 @@ def test_zero_vectors_are_like_nothing(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.h5", np.eye(3))
     for k in (0, 4, -1, "many", True, 2.0):
-        with pytest.raises(ValueError, match='k must be "auto" or a number from 1 to the 3 rows'):
+        with pytest.raises(EvaluationError, match='k must be "auto" or a number from 1 to the 3 rows'):
             cluster(store, k)  # type: ignore[arg-type]
     vectors = np.ones((4, 2), dtype=np.float32)
     vectors[2, 0] = 77
@@ -121,6 +121,19 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(np.float32(77).tobytes(), np.float32("nan").tobytes()))
     with pytest.raises(StoreFormatError, match="not finite"):
         cluster(path, 2)
+
+
+def test_more_clusters_than_are_ever_chosen_can_be_asked_for(tmp_path: Path) -> None:
+    store = planted(tmp_path / "s.h5", 300, 1500, d=64)
+    found = cluster(store, 300)
+    # No seeds are searched for so many, so that not all of the planted ones are found.
+    assert 270 <= len(found) <= 300 and found.purity is not None and found.purity > 0.85
+    assert (cluster(store, 300).assignments == found.assignments).all()
+
+
+def test_an_empty_store_has_no_clusters(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="is empty"):
+        cluster(make_store(tmp_path / "s.h5", np.empty((0, 4)), []))
 
 
 def test_only_labelled_rows_count_for_purity(tmp_path: Path) -> None:

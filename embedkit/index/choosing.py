@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.index.coarse import Coarse, effort_limit, effort_name, extend, train
-from embedkit.index.exact import Gallery, Rows, Vectors, best
+from embedkit.index.exact import Gallery, Rows, Vectors
 from embedkit.index.families import EFFORTS, EXACT, REFINEMENTS, list_factories
+from embedkit.index.searching import found_rows
 
 K = 10
 QUERIES = 2000
@@ -256,20 +257,6 @@ def _recalls(
     least = exam.least[:, None]
     near = scores <= least if gallery.metric == "l2" else scores >= least
     return near.sum(axis=1) / min(K, len(coarse)), max(rates)
-
-
-def found_rows(
-    coarse: Coarse,
-    gallery: Gallery,
-    placed: Vectors,
-    k: int,
-    effort: int | None,
-    refine: int,
-    keep: npt.NDArray[np.bool_] | None = None,
-) -> tuple[Vectors, Rows]:
-    """Return the k best of the candidates that an index names, compared exactly; rows are -1 where it named too few."""
-    rows = coarse.candidates(placed, k * refine, effort, keep)
-    return best(gallery.scores(gallery.prepared(placed), rows), rows, k, rising=gallery.metric == "l2")
 
 
 def _median_seconds(search: Callable[[Vectors], object], placed: Vectors) -> float:

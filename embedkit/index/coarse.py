@@ -71,8 +71,14 @@ class Coarse:
             bits = np.packbits(alive, bitorder="little")  # FAISS reads it as long as it searches.
             selector = faiss.IDSelectorBitmap(bits)
         parameters = _parameters(self.index, effort, selector)
-        _, entries = self.index.search(placed, min(k, len(self)), params=parameters)
+        _, entries = self.index.search(placed, k, params=parameters)
         return np.where(entries >= 0, self.rows[entries], -1)
+
+    def alive(self, keep: npt.NDArray[np.bool_] | None, n: int) -> npt.NDArray[np.bool_]:
+        """Return which of the n rows of the store have an entry, and are kept."""
+        alive = np.zeros(n, dtype=np.bool_)
+        alive[self.rows[self.rows >= 0]] = True
+        return alive if keep is None else alive & keep
 
     def takes_filters(self) -> bool:
         """Return whether FAISS can restrict this kind of index to some entries: not where flat codes are packed."""

@@ -148,8 +148,14 @@ class Gallery:
 
         `radius` is the least similarity, or with "l2" the largest distance. The other parameters are as in `search`.
         """
+        return self.within_placed(self.placed(queries), radius, keep=keep)
+
+    def within_placed(
+        self, placed: Vectors, radius: float, *, keep: npt.NDArray[np.bool_] | None = None
+    ) -> list[tuple[Vectors, Rows]]:
+        """Do as `within`, with queries that `placed` returned."""
         chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
-        queries = self.prepared(self.placed(queries))
+        queries = self.prepared(placed)
         found: list[list[Rows]] = [[] for _ in queries]
         # The least likeness of each query. Products round otherwise than the scores in the end, so that what is a hair
         # outside is looked at too.

@@ -55,6 +55,6 @@ def count_lists(n: int) -> int:
     (1024, 4096)
     """
     lists = 1
-    while lists * lists * 8 < 16 * n and lists * 2 * 40 <= n:  # The nearest power of two, with 40 rows a list or more.
+    while lists * lists < 8 * n and lists * 2 * 40 <= n:  # Up to the power of two nearest to it, of 40 rows a list.
         lists *= 2
     return lists

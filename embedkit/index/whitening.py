@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,20 @@ class Whitening:
 
     mean: npt.NDArray[np.float32]
     matrix: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, mean: npt.NDArray[Any], matrix: npt.NDArray[Any], dim: int) -> Whitening:
+        """Return a whitening of embeddings of width `dim` that was read from a file.
+
+        Raises
+        ------
+        ValueError
+            When it is none.
+        """
+        fits = mean.shape == (dim,) and matrix.ndim == 2 and matrix.shape[1] == dim and 1 <= len(matrix) <= dim
+        if not fits or mean.dtype != np.float32 or matrix.dtype != np.float32:
+            raise ValueError(f"a whitening of shapes {mean.shape} and {matrix.shape} does not fit width {dim}")
+        return cls(mean, matrix)
 
     @property
     def dim(self) -> int:

@@ -55,9 +55,8 @@ class Lock:
         while not self._acquire():
             if time.monotonic() > deadline:
                 other = holder(self.folder)
-                raise StoreBusyError(
-                    self.folder.with_suffix(""), other.pid if other else 0, other.host if other else ""
-                )
+                path = self.folder.with_name(self.folder.name.removesuffix(".parts"))
+                raise StoreBusyError(path, other.pid if other else 0, other.host if other else "")
             time.sleep(0.02)
         return self
 

@@ -98,6 +98,8 @@ def test_rows_without_anybody_to_compare_with_are_left_out(tmp_path: Path) -> No
     assert len(find_outliers(store)) == 5
     with pytest.raises(EvaluationError, match="no row of"):
         find_outliers(make_store(tmp_path / "one.h5", np.eye(1)))
+    with pytest.raises(EvaluationError, match="no row of"):
+        find_outliers(make_store(tmp_path / "none.h5", np.empty((0, 4))))
     with pytest.raises(EvaluationError, match="has no labels"):
         find_outliers(make_store(tmp_path / "bare.h5", np.eye(3)), within_class=True)
     with pytest.raises(ValueError, match="k must be at least 1"):

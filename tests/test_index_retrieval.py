@@ -219,6 +219,10 @@ def test_classes_are_matched_by_name_and_lone_queries_are_left_out(tmp_path: Pat
     lone = make_store(tmp_path / "l.h5", np.eye(3), ["x", "y", "z"])
     with pytest.raises(EvaluationError, match="3 are of classes of which"):
         retrieval_report(lone, exclude_self=True)
+    nothing = make_store(tmp_path / "n.h5", np.empty((0, 3)), [])
+    for first, second in ((lone, nothing), (nothing, lone), (nothing, nothing)):
+        with pytest.raises(EvaluationError, match=r"can be measured|has no labels"):
+            retrieval_report(first, second, exclude_self=True)
 
 
 def test_k_beyond_the_gallery_counts_missing_rows_as_wrong(tmp_path: Path) -> None:

@@ -45,18 +45,25 @@ class _ClusterCount(click.ParamType):  # type: ignore[type-arg]  # generic in ne
         return int(value)
 
 
-def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    depths = value.split(",")
-    if not all(depth.isdecimal() and len(depth) <= 9 and int(depth) for depth in depths):
-        raise click.BadParameter(f"{value!r} is not one number from 1 on or several with commas between them")
-    return tuple(map(int, depths))
+class _Depths(click.ParamType):  # type: ignore[type-arg]
+    """Comma-separated numbers from 1 on."""
+
+    name = "number[,...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        depths = value.split(",")
+        if not all(depth.isdecimal() and len(depth) <= 9 and int(depth) for depth in depths):
+            self.fail(f"{value!r} is not one number from 1 on or several with commas between them", param, ctx)
+        return tuple(map(int, depths))
 
 
 @click.command()
 @click.argument("queries", type=FILE, metavar="QUERY_STORE")
 @click.argument("gallery", type=FILE, metavar="[GALLERY_STORE]", required=False)
 @click.option(
-    "-k", "ks", callback=_depths, default="1,5,10", show_default=True, metavar="K[,...]",
+    "-k", "ks", type=_Depths(), default=(1, 5, 10), show_default="1,5,10", metavar="K[,...]",
     help="Depths of recall and precision.",
 )  # fmt: skip
 @click.option(
@@ -189,7 +196,7 @@ def cluster_store(
 def cluster_text(found: Clusters) -> str:
     """Return what clusters there are, for people."""
     values = found.to_dict()
-    labelled = found.contingency is not None
+    labelled = bool(found.labelled.any())
     rows = [["cluster", "size", "similarity", *(["class", "share"] if labelled else []), "medoid"]]
     for one in values["clusters"][:SHOWN_CLUSTERS]:
         share = [_short(one.get("label", "-")), f"{one.get('label_share', 0):.2f}"] if labelled else []

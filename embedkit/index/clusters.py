@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from embedkit.errors import EvaluationError
 from embedkit.index.exact import Gallery, Progress
 from embedkit.store import Store
 
@@ -84,41 +86,53 @@ class Clusters:
         """Mean similarity of each cluster's rows to its centre, of shape (k,)."""
         return np.bincount(self.assignments, weights=self.similarities, minlength=len(self)) / self.sizes
 
-    @property
-    def contingency(self) -> Rows | None:
-        """Rows of each cluster in each class, of shape (k, c); None when no row has a label."""
+    @cached_property
+    def labelled(self) -> npt.NDArray[np.bool_]:
+        """Which rows have a label, of shape (n,)."""
         labels = self.store.labels
-        if labels is None or not (labels >= 0).any():
-            return None
-        c, known = len(self.store.classes), labels >= 0
-        cells = self.assignments[known] * c + labels[known]
-        return np.bincount(cells, minlength=len(self) * c).reshape(len(self), c)
+        return np.zeros(len(self.assignments), dtype=np.bool_) if labels is None else np.asarray(labels >= 0)
+
+    @property
+    def majorities(self) -> dict[int, tuple[str, float]]:
+        """The most frequent class of each cluster that has labelled rows, and its share of them."""
+        if self.store.labels is None:
+            return {}
+        c, known = len(self.store.classes), self.labelled
+        cells, counts = np.unique(self.assignments[known] * c + self.store.labels[known], return_counts=True)
+        numbers, codes = cells // c, cells % c
+        sums = np.bincount(numbers, weights=counts, minlength=len(self))
+        order = np.lexsort((codes, -counts, numbers))
+        first = order[np.unique(numbers[order], return_index=True)[1]]
+        return {
+            int(numbers[cell]): (self.store.classes[codes[cell]], float(counts[cell] / sums[numbers[cell]]))
+            for cell in first
+        }
 
     @property
     def purity(self) -> float | None:
-        """Share of the labelled rows that are of the most frequent class of their cluster."""
-        table = self.contingency
-        return None if table is None else float(table.max(axis=1).sum() / table.sum())
+        """Share of the labelled rows that are of the most frequent class of their cluster; None without any."""
+        if not self.labelled.any():
+            return None
+        sizes = np.bincount(self.assignments[self.labelled], minlength=len(self))
+        return float(sum(share * sizes[number] for number, (_, share) in self.majorities.items()) / sizes.sum())
 
     @property
     def nmi(self) -> float | None:
-        """Normalised mutual information of clusters and classes, by the mean of their entropies."""
-        table = self.contingency
-        return None if table is None else normalised_mutual_information(table)
+        """Normalised mutual information of clusters and classes, over the labelled rows; None without any."""
+        if self.store.labels is None or not self.labelled.any():
+            return None
+        return normalised_mutual_information(self.assignments[self.labelled], self.store.labels[self.labelled])
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is known of the clusters, without their rows, as JSON values."""
-        ids, table = self.store.ids, self.contingency
+        ids, majorities = self.store.ids, self.majorities
         found = zip(self.sizes.tolist(), self.mean_similarities.tolist(), self.medoids.tolist(), strict=True)
         clusters: list[dict[str, Any]] = [
             {"cluster": number, "size": size, "similarity": similarity, "medoid": ids[medoid]}
             for number, (size, similarity, medoid) in enumerate(found)
         ]
-        for number, cluster in enumerate(clusters):
-            if table is not None and table[number].any():
-                code = int(table[number].argmax())
-                share = float(table[number, code] / table[number].sum())
-                cluster |= {"label": self.store.classes[code], "label_share": share}
+        for number, (label, share) in majorities.items():
+            clusters[number] |= {"label": label, "label_share": share}
         return {
             "k": len(self),
             "purity": self.purity,
@@ -159,7 +173,7 @@ def cluster(
     ------
     StoreFormatError
         When an embedding is not finite.
-    ValueError
+    EvaluationError
         When `k` is neither "auto" nor a number from 1 to the rows of the store, or the store is empty.
 
     Notes
@@ -189,9 +203,11 @@ def cluster(
     """
     opened = store if isinstance(store, Store) else Store.open(store)
     if not len(opened):
-        raise ValueError(f"{opened.path} is empty: there is nothing to cluster")
+        raise EvaluationError(f"{opened.path} is empty: there is nothing to cluster")
     if k != "auto" and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(opened)):
-        raise ValueError(f'k must be "auto" or a number from 1 to the {len(opened):,} rows of {opened.path}, got {k!r}')
+        raise EvaluationError(
+            f'k must be "auto" or a number from 1 to the {len(opened):,} rows of {opened.path}, got {k!r}'
+        )
     Gallery(opened).norms  # noqa: B018  # Raises when an embedding is not finite.
     candidates = _candidates(opened, seed) if k == "auto" else ()
     number = _chosen(candidates) if isinstance(k, str) else k
@@ -204,13 +220,13 @@ def cluster(
     return _assigned(opened, centres, seed, candidates, progress)
 
 
-def normalised_mutual_information(table: Rows) -> float:
+def normalised_mutual_information(left: Rows, right: Rows) -> float:
     """Return the normalised mutual information of two groupings, by the mean of their entropies.
 
     Parameters
     ----------
-    table : array of int of shape (k, c)
-        How many items are in both groups.
+    left, right : array of int of shape (n,)
+        Group of every item, from 0; at least one item.
 
     Returns
     -------
@@ -225,21 +241,20 @@ def normalised_mutual_information(table: Rows) -> float:
     --------
     >>> import numpy as np
     >>> from embedkit.index.clusters import normalised_mutual_information
-    >>> normalised_mutual_information(np.array([[5, 0], [0, 5]]))
+    >>> normalised_mutual_information(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
     1.0
-    >>> round(normalised_mutual_information(np.array([[2, 2], [3, 3]])), 6)
+    >>> round(normalised_mutual_information(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])), 6)
     0.0
     """
-    shares = table / table.sum()
-    mean_entropy = (_entropy(shares.sum(axis=0)) + _entropy(shares.sum(axis=1))) / 2
-    # I(U, V) = H(U) + H(V) - H(U, V)
-    information = 2 * mean_entropy - _entropy(shares.reshape(-1))
-    return float(np.clip(information / mean_entropy, 0, 1)) if mean_entropy > 0 else 1.0
+    total = _entropy(left) + _entropy(right)
+    # I(U, V) = H(U) + H(V) - H(U, V), and the mean of both entropies is half their sum.
+    information = total - _entropy(left * (right.max() + 1) + right)
+    return float(np.clip(2 * information / total, 0, 1)) if total > 0 else 1.0
 
 
-def _entropy(shares: npt.NDArray[np.float64]) -> float:
-    some = shares[shares > 0]
-    return float(-(some * np.log(some)).sum())
+def _entropy(groups: Rows) -> float:
+    shares = np.unique(groups, return_counts=True)[1] / len(groups)
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _sample(store: Store, size: int, seed: int) -> Vectors:

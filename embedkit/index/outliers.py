@@ -240,7 +240,7 @@ def _classes(store: Store) -> list[Rows]:
 
 
 def _announce(store: Store, groups: list[Rows], index: Index | None) -> None:
-    if index is None and groups:
+    if index is None and len(store):
         pairs = sum(len(group) ** 2 for group in groups)
         memory = 4 * BLOCK_BYTES if len(store) * store.dim * 4 > BLOCK_BYTES else 4 * len(store) * store.dim * 4
         announce(pairs // len(store), len(store), store.dim, memory)

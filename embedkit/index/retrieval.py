@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 256 << 20  # Of what a block of queries needs beside the stores.
 BLOCK_QUERIES = 1024
+RANK_BYTES = 60  # What a query needs for each rank that counts.
 SHOWN_CLASSES = 20
 NAME_WIDTH = 30
 
@@ -70,19 +71,18 @@ class RetrievalReport:
         names = list(self.per_class)
         if len(names) > SHOWN_CLASSES:
             names = sorted(names, key=lambda name: self.per_class[name]["mAP@R"])[:SHOWN_CLASSES]
-        lines: list[list[Any]] = [["", *shown, "queries", "relevant"]]
-        lines.append(["all queries", *(f"{self.metrics[name]:.4f}" for name in shown), self.inputs["measured"], ""])
-        lines.append(["mean of classes", *(f"{self.class_means[name]:.4f}" for name in shown), "", ""])
+        rows = [["", *shown, "queries", "relevant"]]
+        rows.append(["all queries", *_fractions(self.metrics, shown), f"{self.inputs['measured']:,}", ""])
+        rows.append(["mean of classes", *_fractions(self.class_means, shown), "", ""])
         for name in names:
-            found, text = self.per_class[name], printable(name)
-            text = text if len(text) <= NAME_WIDTH else text[: NAME_WIDTH - 3] + "..."
-            lines.append([text, *(f"{found[one]:.4f}" for one in shown), found["queries"], found["relevant"]])
-        texts = [[str(cell) for cell in line] for line in lines]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-        table = ["  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip() for line in texts]  # fmt: skip
+            found = self.per_class[name]
+            rows.append([_name(name), *_fractions(found, shown), f"{found['queries']:,}", f"{found['relevant']:,}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        sides = "<" + ">" * len(widths)
+        table = [
+            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False)).rstrip()
+            for row in rows
+        ]
         if len(names) < len(self.per_class):
             table.append(f"(the {len(names)} classes of lowest mAP@R, of {len(self.per_class):,})")
         return "\n".join([*table, "", *self._notes()]) + "\n"
@@ -105,6 +105,16 @@ class RetrievalReport:
         elif inputs["shared_ids"] or inputs["shared_content"]:
             lines.append("every query that is in the gallery finds itself: --exclude-self leaves that out")
         return lines
+
+
+def _name(text: str) -> str:
+    """Return a class name fit for a table."""
+    escaped = printable(text)
+    return escaped if len(escaped) <= NAME_WIDTH else escaped[: NAME_WIDTH - 3] + "..."
+
+
+def _fractions(values: dict[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{values[name]:.4f}" for name in names]
 
 
 @dataclass(frozen=True)
@@ -304,6 +314,8 @@ def _own_images(queries: Store, gallery: Store) -> tuple[Rows, Rows]:
     """Return pairs of query rows, rising, and gallery rows that are the same image."""
     if _same(queries, gallery):
         return np.arange(len(queries)), np.arange(len(queries))
+    if not len(gallery):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     at = lookup(gallery.images.ids, queries.images.ids)
     own, theirs = _hashes(queries), _hashes(gallery)
     unknown = ~_known(queries) | ~_known(gallery)[at]
@@ -339,10 +351,9 @@ def _exactly(task: _Task, gallery: Gallery, rows: Rows, ks: Sequence[int]) -> It
     """Yield the metrics of blocks of queries, each compared with every row of the gallery."""
     g = len(gallery)
     deepest = min(g, max(max(ks), int(task.counts.max())))
-    # Scores of 4 bytes for every row, and about 40 bytes for everything down to the deepest rank.
-    size = max(1, min(BLOCK_QUERIES, len(rows), BLOCK_BYTES // (5 * g + 40 * deepest)))
-    memory = size * (5 * g + 40 * deepest) + 4 * GALLERY_BLOCK * task.gallery.dim
-    announce(len(rows), g, task.gallery.dim, memory)
+    query_bytes = 5 * g + RANK_BYTES * deepest
+    size = max(1, min(BLOCK_QUERIES, len(rows), BLOCK_BYTES // query_bytes))
+    announce(len(rows), g, task.gallery.dim, size * query_bytes + 4 * GALLERY_BLOCK * task.gallery.dim)
     Gallery(task.queries).norms  # noqa: B018  # Raises when an embedding is not finite.
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
@@ -354,9 +365,9 @@ def _exactly(task: _Task, gallery: Gallery, rows: Rows, ks: Sequence[int]) -> It
         relevant = task.relevant(block, found) & (np.take_along_axis(scores, found, axis=1) > -np.inf)
         first = relevant.argmax(axis=1) + 1.0
         late = np.flatnonzero(~relevant.any(axis=1))
-        for some in np.array_split(late, max(1, len(late) // 64)):
-            everything = np.broadcast_to(np.arange(g), (len(some), g))
-            first[some] = first_ranks(scores[some], task.relevant(block[some], everything) & (scores[some] > -np.inf))
+        for some in np.array_split(late, 1 + len(late) * 64 * g // BLOCK_BYTES):
+            same = task.gallery_codes == task.query_codes[block[some]][:, None]
+            first[some] = first_ranks(scores[some], same & (scores[some] > -np.inf))
         yield ranked_metrics(relevant, counts, first, ks)
 
 
@@ -365,7 +376,7 @@ def _by(index: Index, task: _Task, rows: Rows, ks: Sequence[int]) -> Iterator[Va
     g = len(task.gallery)
     most = int(np.bincount(task.own[0]).max(initial=0))
     deepest = min(g, max(max(ks), int(task.counts.max())) + most)
-    size = max(1, min(BLOCK_QUERIES, BLOCK_BYTES // (60 * deepest)))
+    size = max(1, min(BLOCK_QUERIES, BLOCK_BYTES // (RANK_BYTES * deepest)))
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         counts = task.counts[block]

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
 
 from embedkit.cli import printing
-from embedkit.cli.options import (
-    FILE,
-    device_option,
-    json_option,
-    layer_option,
-    quiet_option,
-)
+from embedkit.cli.options import FILE, json_option, layer_option, quiet_option
 
 
 @click.command()
@@ -38,52 +31,6 @@ def info(store: Path, failures: bool, as_csv: bool, as_json: bool) -> None:
         printing.failure_table(opened, as_json=as_json, as_csv=as_csv)
     else:
         click.echo(json.dumps(opened.summary()) if as_json else printing.info_text(opened))
-
-
-@click.command()
-@click.argument("store", type=FILE)
-@click.argument("queries", type=FILE, nargs=-1, metavar="[QUERY]...")
-@click.option("--id", "ids", multiple=True, metavar="ID", help="Search with a row of the store; may be repeated.")
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours of each query.")
-@layer_option
-@click.option("-m", "--model", help="Where the store's backbone is now, when it has moved.")
-@device_option
-@json_option
-@click.option("-p", "--plain", is_flag=True, help="Print paths only, one a line.")
-@click.option("--html", "page", type=FILE, metavar="PAGE", help="Write one self-contained page with pictures.")
-def search(
-    store: Path,
-    queries: tuple[Path, ...],
-    ids: tuple[str, ...],
-    k: int,
-    layer: str | None,
-    model: str | None,
-    device: str,
-    as_json: bool,
-    plain: bool,
-    page: Path | None,
-) -> None:
-    """Find the images in STORE that are most like each QUERY.
-
-    A QUERY is an image file. It is embedded by the store's own backbone and compared with every row by cosine
-    similarity, exactly.
-    """
-    from embedkit.backbones import Backbone
-    from embedkit.index import Index, search_page
-    from embedkit.store import Store
-
-    if not queries and not ids:
-        raise click.UsageError("name an image to search with, or a row with --id")
-    index = Index.build(Store.open(store, layer=layer))
-    if queries and (model is not None or device != "auto"):
-        index.backbone = Backbone.reload(index.store.spec, index.store.recipe, model=model, device=device)
-    rows = [printing.row_of(index.store, id) for id in ids]
-    result = index.search([*queries, *rows], k)
-    named = [(os.fspath(query), False) for query in queries] + [(id, True) for id in ids]
-    printing.search_result(result, [name for name, _ in named], as_json=as_json, plain=plain)
-    if page is not None:
-        page.write_text(search_page(result, named), encoding="utf-8")
-        printing.notice(f"page: {page}")
 
 
 @click.command()

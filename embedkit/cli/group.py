@@ -13,11 +13,12 @@ from typing import Any
 import click
 
 from embedkit import __version__
-from embedkit.cli.commands import info, models, probe, search
+from embedkit.cli.commands import info, models, probe
 from embedkit.cli.diagnosis import doctor
 from embedkit.cli.duplicates import dedupe
 from embedkit.cli.extraction import extract
 from embedkit.cli.printing import NoticeHandler, error_lines
+from embedkit.cli.searching import build_index, search
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
 from embedkit.cli.structure import cluster_store, outliers, retrieve
 from embedkit.errors import EmbedkitError
@@ -76,9 +77,7 @@ def main() -> None:
 
 
 for _command in (
-    extract, info, status, verify, merge, select, export_store, import_store, search, probe, models, doctor,
+    extract, info, status, verify, merge, select, export_store, import_store, build_index, search, dedupe, retrieve,
+    outliers, cluster_store, probe, models, doctor,
 ):  # fmt: skip
     main.add_command(_command)
-for _command in (retrieve, outliers, cluster_store):
-    main.add_command(_command)
-main.add_command(dedupe)

@@ -373,8 +373,8 @@ class Index:
         ----------
         queries : path, id, row, image, vector, or a list of them
             A path or image is embedded by the store's own backbone. A string is a file where there is one, and
-            otherwise an id of the store. An array of integers of shape (h, w, 3) is an image; floats of shape (d,) or (q, d) are
-            embeddings, and may be sums of them; an integer is a row of the store.
+            otherwise an id of the store. An array of integers of shape (h, w, 3) is an image; floats of shape (d,) or
+            (q, d) are embeddings, and may be sums of them; an integer is a row of the store.
         k : int, default 10
             Neighbours; all rows when the store has fewer.
         where : str, list of str, array, or set, optional

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from embedkit.evaluation import Report, probe
     from embedkit.extraction import estimate, extract
-    from embedkit.index import Index
+    from embedkit.index import Index, cluster, find_duplicates, find_outliers, retrieval_report
     from embedkit.sources import list_images
     from embedkit.spec import EmbeddingSpec, Preprocessing
     from embedkit.store import Store
@@ -52,11 +52,15 @@ __all__ = [
     "StoreFormatError",
     "StoreNotFoundError",
     "__version__",
+    "cluster",
     "estimate",
     "extract",
+    "find_duplicates",
+    "find_outliers",
     "list_images",
     "list_models",
     "probe",
+    "retrieval_report",
 ]
 
 _ROOMS = {
@@ -66,11 +70,15 @@ _ROOMS = {
     "Preprocessing": "spec",
     "Report": "evaluation",
     "Store": "store",
+    "cluster": "index",
     "estimate": "extraction",
     "extract": "extraction",
+    "find_duplicates": "index",
+    "find_outliers": "index",
     "list_images": "sources",
     "list_models": "backbones",
     "probe": "evaluation",
+    "retrieval_report": "index",
 }
 
 

@@ -31,11 +31,15 @@ def test_the_public_names_are_exactly_these() -> None:
         "StoreFormatError",
         "StoreNotFoundError",
         "__version__",
+        "cluster",
         "estimate",
         "extract",
+        "find_duplicates",
+        "find_outliers",
         "list_images",
         "list_models",
         "probe",
+        "retrieval_report",
     ]
     assert dir(embedkit) == embedkit.__all__
 

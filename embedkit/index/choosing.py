@@ -88,8 +88,8 @@ def choose(
     A part of the rows is held out as queries, and an index never holds those that it is measured with. Its settings are
     chosen on one half of them, with a margin: the recall less 1.64 standard errors has to reach the wish. What is
     reported comes from the other half, and if that falls short, the settings are raised. The held-out rows are added in
-    the end. A large gallery tries all families on a sample of its rows, and builds the fastest graph and the fastest of the
-    others in full.
+    the end. A large gallery tries all families on a sample of its rows, and builds the fastest graph and the fastest of
+    the others in full.
 
     Parameters
     ----------

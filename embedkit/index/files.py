@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_arrays
 
 from embedkit.errors import StoreFormatError, StoreNotFoundError
 from embedkit.index.exact import Rows
@@ -106,7 +106,7 @@ def save(folder: Path, facts: dict[str, Any], arrays: dict[str, npt.NDArray[Any]
                 faiss.write_index(index, os.fspath(path))
                 vectors = _published(path, folder, "vectors", "faiss")
         with aside(folder) as path:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+            write_durably(path, save_arrays({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
             rows = _published(path, folder, "rows", "safetensors")
         files = {"rows": _entry(rows)} | ({} if vectors is None else {"vectors": _entry(vectors)})
         values = {"format": FORMAT, "version": VERSION, **facts, "files": files}

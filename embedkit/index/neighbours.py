@@ -175,7 +175,8 @@ class Index:
         if factory == EXACT and wish == Wish():
             index = cls._made(gallery, None, None, [])
         else:
-            index = cls._made(gallery, *choose(gallery, factory, wish, seed=seed, say=progress or _silent))
+            named = None if factory == EXACT else factory
+            index = cls._made(gallery, *choose(gallery, named, wish, seed=seed, say=progress or _silent))
         index.expansion = expansion
         if backbone is not None:
             index.backbone = backbone

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.index.coarse import Coarse, effort_limit, effort_name, extend, train
+from embedkit.index.coarse import Coarse, effort_limit, effort_name, expected_bytes, extend, train
 from embedkit.index.exact import Gallery, Rows, Vectors
 from embedkit.index.families import EFFORTS, EXACT, REFINEMENTS, list_factories
 from embedkit.index.searching import found_rows
@@ -20,6 +20,7 @@ QUERIES = 2000
 SCREENED = 30_000  # Rows on which all families are tried before the best of them are built in full.
 PRODUCTS = 4e12  # Multiplications of the exact search that measures: half a minute of two cores.
 SINGLES = 50
+FEW = 1000  # Rows that are compared before any index has begun.
 
 Say = Callable[[str], None]
 
@@ -118,6 +119,11 @@ def choose(
     EvaluationError
         When nothing keeps to the wish, with what came nearest.
     """
+    if factory is None and len(gallery) < FEW:
+        exact = _measured_exactly(gallery, np.arange(len(gallery)))
+        if not _keeps(exact, wish, len(gallery)):
+            raise EvaluationError(_unkept(gallery, wish, [exact]))
+        return None, exact, [exact]
     random = np.random.default_rng(seed)
     rows, exam_rows = _held_out(gallery, random)
     say(f"exact search of {len(exam_rows):,} held-out rows, to measure against")
@@ -126,7 +132,13 @@ def choose(
     factories = [factory] if factory else _screened(gallery, rows, wish, random, seed, say)
     options: list[tuple[Coarse, Measurement]] = []
     for name in factories:
-        built, seconds = _built(gallery, name, rows, seed, say)
+        try:
+            built, seconds = _built(gallery, name, rows, seed, say)
+        except ValueError as error:
+            if factory is not None:
+                raise
+            say(f"{error}: left out")
+            continue
         found = _tuned(built, gallery, exam, seconds, wish)
         say(describe(found))
         tried.append(found)
@@ -163,6 +175,8 @@ def _exam(gallery: Gallery, rows: Rows, exam_rows: Rows) -> _Exam:
 
 def _measured_exactly(gallery: Gallery, exam_rows: Rows) -> Measurement:
     placed = gallery.placed(gallery.store.rows(exam_rows[: (len(exam_rows) + 1) // 2]))
+    if not len(placed):
+        return Measurement(EXACT, None, 1, 1.0, 0.0, 0.0, 0.0, 0.0, 0, 0)
     started = time.perf_counter()
     gallery.search_placed(placed, K)
     rate = len(placed) / (time.perf_counter() - started)
@@ -193,7 +207,8 @@ def _screened(gallery: Gallery, rows: Rows, wish: Wish, random: np.random.Genera
 
 
 def _built(gallery: Gallery, factory: str, rows: Rows, seed: int, say: Say) -> tuple[Coarse, float]:
-    say(f"building {factory} of {len(rows):,} rows")
+    size, most = (f"{count / 1e6:,.0f} MB" for count in expected_bytes(gallery, factory, len(rows)))
+    say(f"building {factory} of {len(rows):,} rows: about {size} of memory, and {most} at most while it is built")
     started = time.perf_counter()
     built = extend(train(gallery, factory, rows, seed=seed), gallery, rows)
     return built, time.perf_counter() - started

@@ -63,16 +63,19 @@ class Coarse:
         Raises
         ------
         RuntimeError
-            FAISS's, when an index of this kind takes no filter.
+            FAISS's, when an index of this kind takes no filter and there is one.
         """
         selector = None
-        if keep is not None or self.has_gone:
+        if keep is not None or (self.has_gone and self.takes_filters):
             alive = self.rows >= 0 if keep is None else (self.rows >= 0) & keep[self.rows]
             bits = np.packbits(alive, bitorder="little")  # FAISS reads it as long as it searches.
             selector = faiss.IDSelectorBitmap(bits)
         parameters = _parameters(self.index, effort, selector)
-        _, entries = self.index.search(placed, k, params=parameters)
-        return np.where(entries >= 0, self.rows[entries], -1)
+        _, entries = self.index.search(placed, min(k, max(1, len(self))), params=parameters)
+        if not len(self):
+            return np.full(entries.shape, -1)
+        known = (entries >= 0) & (entries < len(self))  # A file may say anything.
+        return np.where(known, self.rows[np.where(known, entries, 0)], -1)
 
     def alive(self, keep: npt.NDArray[np.bool_] | None, n: int) -> npt.NDArray[np.bool_]:
         """Return which of the n rows of the store have an entry, and are kept."""
@@ -80,10 +83,17 @@ class Coarse:
         alive[self.rows[self.rows >= 0]] = True
         return alive if keep is None else alive & keep
 
+    @cached_property
     def takes_filters(self) -> bool:
-        """Return whether FAISS can restrict this kind of index to some entries: not where flat codes are packed."""
-        kind = type(_innermost(self.index)).__name__
-        return kind.startswith(("IndexIVF", "IndexHNSW")) or "FastScan" not in kind
+        """Whether FAISS can restrict this kind of index to some entries: tried once, for its documents do not say."""
+        anything = faiss.IDSelectorBitmap(np.full((len(self) + 7) // 8, 255, dtype=np.uint8))
+        query = np.zeros((1, self.index.d), dtype=np.float32)
+        try:
+            self.index.search(query, 1, params=_parameters(self.index, None, anything))
+        except RuntimeError:
+            return False
+        # Packed flat codes are searched without a word, and without the filter.
+        return "FastScan" not in (kind := type(_innermost(self.index)).__name__) or kind.startswith("IndexIVF")
 
     def count_bytes(self) -> int:
         """Return how large FAISS's file of it is."""
@@ -105,16 +115,9 @@ def train(gallery: Gallery, factory: str, rows: Rows, *, seed: int = 0) -> Coars
     ValueError
         When FAISS does not know such a factory, or there are too few rows for it.
     """
-    product = gallery.metric == "ip"
-    width = gallery.store.dim if gallery.whitening is None else gallery.whitening.dim
-    try:
-        # Of vectors of length 1, distances rank as cosines do; unlike products they survive a PCA, which is centred.
-        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT if product else faiss.METRIC_L2)
-    except RuntimeError as error:
-        raise ValueError(f"FAISS makes no index of {factory!r} for width {width}: {_reason(error)}") from None
+    index = _empty(gallery, factory)
     if not index.is_trained:
-        lists = max(map(int, re.findall(r"IVF(\d+)", factory)), default=0)
-        sample = min(len(rows), max(TRAINING_ROWS, ROWS_A_LIST * lists))
+        sample = _sample(factory, len(rows))
         chosen = np.random.default_rng(seed).choice(rows, sample, replace=False)
         chosen.sort()
         try:
@@ -124,16 +127,42 @@ def train(gallery: Gallery, factory: str, rows: Rows, *, seed: int = 0) -> Coars
     return Coarse(index, np.empty(0, dtype=np.int64), factory)
 
 
+def expected_bytes(gallery: Gallery, factory: str, n: int) -> tuple[int, int]:
+    """Return about how much memory an index of n rows takes, and how much at most while it is built.
+
+    Raises
+    ------
+    ValueError
+        When FAISS does not know such a factory.
+    """
+    index = _empty(gallery, factory)
+    size = _size(index, n)
+    sample = GALLERY_BLOCK if index.is_trained else _sample(factory, n)
+    # What grows is copied to a place of twice its size, and a sample is there as it is stored and as it is compared.
+    return size, 2 * size + 8 * sample * gallery.store.dim
+
+
 def extend(
     coarse: Coarse, gallery: Gallery, rows: Rows, *, progress: Callable[[int, int], None] | None = None
 ) -> Coarse:
-    """Add rows of the store to an index, in place, and return it with what its entries are."""
+    """Add rows of the store to an index, in place, and return it with what its entries are.
+
+    Raises
+    ------
+    ValueError
+        When an index of this kind takes no rows, or none beside its first.
+    """
+    # What an addition left behind that was interrupted stands for nothing.
+    lost = np.full(coarse.index.ntotal - len(coarse.rows), -1, dtype=np.int64)
     for start in range(0, len(rows), GALLERY_BLOCK):
         block = rows[start : start + GALLERY_BLOCK]
-        coarse.index.add(gallery.placed(gallery.store.rows(block)))
+        try:
+            coarse.index.add(gallery.placed(gallery.store.rows(block)))
+        except RuntimeError as error:
+            raise ValueError(f"FAISS cannot add rows to {coarse.factory!r}: {_reason(error)}") from None
         if progress is not None:
             progress(start + len(block), len(rows))
-    return Coarse(coarse.index, np.concatenate([coarse.rows, rows]), coarse.factory)
+    return Coarse(coarse.index, np.concatenate([coarse.rows, lost, rows]), coarse.factory)
 
 
 def effort_name(index: Any) -> str | None:
@@ -148,6 +177,36 @@ def effort_limit(index: Any) -> int:
     """Return the effort beyond which more finds no more."""
     inner = _innermost(index)
     return int(inner.nlist) if isinstance(inner, faiss.IndexIVF) else int(inner.ntotal)
+
+
+def _empty(gallery: Gallery, factory: str) -> Any:
+    width = gallery.store.dim if gallery.whitening is None else gallery.whitening.dim
+    # Of vectors of length 1, distances rank as cosines do; unlike products they survive a PCA, which is centred.
+    metric = faiss.METRIC_INNER_PRODUCT if gallery.metric == "ip" else faiss.METRIC_L2
+    try:
+        return faiss.index_factory(width, factory, metric)
+    except RuntimeError as error:
+        raise ValueError(f"FAISS makes no index of {factory!r} for width {width}: {_reason(error)}") from None
+
+
+def _sample(factory: str, n: int) -> int:
+    """Return how many rows an index is trained on."""
+    lists = max(map(int, re.findall(r"IVF(\d{1,9})", factory)), default=0)
+    return min(n, max(TRAINING_ROWS, ROWS_A_LIST * lists))
+
+
+def _size(index: Any, n: int) -> int:
+    """Return about how many bytes n rows take: codes, numbers, links and centroids."""
+    found = faiss.downcast_index(index)
+    if isinstance(found, faiss.IndexPreTransform):
+        return _size(found.index, n)
+    if isinstance(found, faiss.IndexRefine):
+        return _size(found.base_index, n) + _size(found.refine_index, n)
+    if isinstance(found, faiss.IndexHNSW):
+        return _size(found.storage, n) + n * (4 * int(found.hnsw.nb_neighbors(0)) + 16)
+    if isinstance(found, faiss.IndexIVF):
+        return n * (int(found.code_size) + 8) + 4 * int(found.nlist) * int(found.d)
+    return n * int(getattr(found, "code_size", 4 * found.d))
 
 
 def _innermost(index: Any) -> Any:
@@ -180,4 +239,4 @@ def _parameters(index: Any, effort: int | None, selector: Any) -> Any:
 
 def _reason(error: RuntimeError) -> str:
     """Return what FAISS says, without where in its source it says so."""
-    return str(error).rpartition("Error: ")[2].strip().replace("\n", " ")
+    return re.split(r"Error: | at /\S+:\d+: ", str(error))[-1].strip().replace("\n", " ")

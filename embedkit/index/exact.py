@@ -17,6 +17,7 @@ from embedkit.store import Store
 METRICS = ("cosine", "ip", "l2")
 GALLERY_BLOCK = 8192  # Rows: 40 MB of a wide float32 store.
 QUERY_BLOCK = 1024
+READ_NUMBERS = 1 << 24  # Of embeddings that have to be turned into float32 to be scored: 64 MB.
 FEW_OPERATIONS = 1 << 21
 
 Vectors = npt.NDArray[np.float32]
@@ -90,9 +91,16 @@ class Gallery:
             done += len(block)
         if not np.isfinite(norms).all():
             raise StoreFormatError(
-                f"{self.store.path} has embeddings that are not finite; find them with: embedkit verify"
+                f"{self.store.path} has embeddings that are not finite, or too long to be compared; find them with: "
+                "embedkit verify"
             )
         return norms
+
+    def count_bytes(self, q: int, k: int) -> int:
+        """Return about how much memory a search takes for the k best rows of q queries, however large the store is."""
+        wide = 4 * self.store.dim
+        products = 4 * min(q, QUERY_BLOCK) * GALLERY_BLOCK
+        return 2 * q * wide + 36 * q * (k + 8) + products + GALLERY_BLOCK * wide + 16 * len(self)
 
     def search(
         self, queries: Vectors, k: int, *, keep: npt.NDArray[np.bool_] | None = None, progress: Progress | None = None
@@ -114,7 +122,8 @@ class Gallery:
         -------
         scores : array of shape (q, k)
             Similarities, falling; with "l2" distances, rising. Equal ones stand in the order of their rows. They are
-            computed for each pair by itself, so that they do not depend on what else is searched for.
+            computed for each pair by itself, so that they do not depend on what else is searched for; with a whitening,
+            up to rounding.
         rows : array of shape (q, k)
             Rows of the store.
         """
@@ -157,21 +166,27 @@ class Gallery:
         chosen = None if keep is None or keep.all() else np.flatnonzero(keep)
         queries = self.prepared(placed)
         found: list[list[Rows]] = [[] for _ in queries]
-        # The least likeness of each query. Products round otherwise than the scores in the end, so that what is a hair
-        # outside is looked at too.
         squares = np.einsum("qd,qd->q", queries, queries)
-        least = squares - max(radius, 0.0) ** 2 if self.metric == "l2" else np.full(len(queries), radius)
+        least = squares - min(max(radius, 0.0), 1e18) ** 2 if self.metric == "l2" else np.full(len(queries), radius)
         for rows, scales, block in self._blocks(chosen):
             for first in range(0, len(queries), QUERY_BLOCK):
-                likeness = self._likeness(queries[first : first + QUERY_BLOCK], block, scales)
-                slack = 1e-5 * max(1.0, float(np.abs(likeness).max(initial=0)))
-                near = likeness >= least[first : first + QUERY_BLOCK, None] - slack
-                for query, column in zip(*np.nonzero(near), strict=True):
-                    found[first + query].append(rows[column])
+                part = slice(first, first + QUERY_BLOCK)
+                bounds = least[part] - self._slack(np.sqrt(squares[part]), rows)
+                near = self._likeness(queries[part], block, scales) >= bounds[:, None]
+                for query in np.flatnonzero(near.any(axis=1)):
+                    found[first + query].append(rows[near[query]])
         return [
-            self._near(query, np.array(near, dtype=np.int64), radius)
+            self._near(query, np.concatenate([np.empty(0, dtype=np.int64), *near]), radius)
             for query, near in zip(queries, found, strict=True)
         ]
+
+    def _slack(self, lengths: Vectors, rows: Rows) -> Vectors:
+        """Return how far the likeness of some rows and queries of these lengths may be off by rounding."""
+        longest = self.norms[rows].max(initial=0)
+        if self.metric == "cosine":
+            return np.full(len(lengths), 1e-5 if self.whitening is None else 1e-3, dtype=np.float32)
+        slack: Vectors = 1e-5 * (lengths * longest if self.metric == "ip" else (lengths + longest) ** 2)
+        return slack
 
     def _near(self, query: Vectors, rows: Rows, radius: float) -> tuple[Vectors, Rows]:
         scores = self.scores(query[None], rows[None])
@@ -194,6 +209,19 @@ class Gallery:
         array of shape (q, k)
             Similarities, or distances with "l2"; the worst there is where a row is -1.
         """
+        scores = np.empty(rows.shape, dtype=np.float32)
+        if self._is_mapped:
+            wide, high = max(1, rows.shape[1]), max(1, len(rows))
+        else:
+            wide = max(1, READ_NUMBERS // queries.shape[1])
+            high = max(1, wide // max(1, rows.shape[1]))
+        for top in range(0, len(rows), high):
+            for left in range(0, rows.shape[1], wide):
+                part = np.s_[top : top + high, left : left + wide]
+                scores[part] = self._scored(queries[part[0]], np.ascontiguousarray(rows[part]))
+        return scores
+
+    def _scored(self, queries: Vectors, rows: Rows) -> Vectors:
         vectors, places = self._memory(rows)
         scores = np.empty(rows.shape, dtype=np.float32)
         compute = faiss.fvec_L2sqr_by_idx if self.metric == "l2" else faiss.fvec_inner_products_by_idx
@@ -206,7 +234,7 @@ class Gallery:
             np.sqrt(scores, out=scores)
         elif self.metric == "cosine":
             if self.whitening is not None:
-                scores -= (queries @ self.whitening.mean)[:, None]
+                scores -= np.einsum("qd,d->q", queries, self.whitening.mean)[:, None]
             scores *= self._scales[rows]
             np.clip(scores, -1, 1, out=scores)
         scores[rows < 0] = np.inf if self.metric == "l2" else -np.inf
@@ -232,11 +260,16 @@ class Gallery:
 
     def _memory(self, rows: Rows) -> tuple[Vectors, Rows]:
         """Return float32 vectors in memory, and where among them the vectors of `rows` lie."""
-        embeddings = self.store.embeddings
-        if embeddings.dtype == np.float32 and embeddings.flags.c_contiguous and embeddings.flags.aligned:
-            return embeddings, np.ascontiguousarray(rows)
+        if self._is_mapped:
+            return self.store.embeddings, rows
         wanted, places = np.unique(rows, return_inverse=True)
         return self.store.rows(np.maximum(wanted, 0)), places.reshape(rows.shape)
+
+    @cached_property
+    def _is_mapped(self) -> bool:
+        """Whether the embeddings lie in the file as FAISS reads them."""
+        embeddings = self.store.embeddings
+        return embeddings.dtype == np.float32 and embeddings.flags.c_contiguous and embeddings.flags.aligned
 
     def _likeness(self, queries: Vectors, block: Vectors, scales: Vectors) -> Vectors:
         """Return what ranks a block's rows as the metric does, larger for what is nearer, of shape (q, b)."""

@@ -6,10 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.index.coarse import Coarse
+from embedkit.index.estimating import announce
 from embedkit.index.exact import Gallery, Rows, Vectors, best
 
 FEW_ROWS = 20_000  # A filter that keeps no more is searched exactly: that takes less than the index does.
-CANDIDATES = 1 << 24  # Of a block of queries, so that memory stays bounded for any number of them.
+CANDIDATES = 1 << 22  # Of a block of queries, so that memory stays bounded for any number of them.
+LONG = 1e12  # Multiplications of an exact search, above which it says what it takes.
 EXPANDED = 256  # Queries whose neighbours are in memory together.
 
 Mask = npt.NDArray[np.bool_]
@@ -29,7 +31,9 @@ def nearest(
     `placed` are queries as `Gallery.placed` returns them, `settings` the effort and the refine of a measurement.
     """
     few = keep is not None and int(keep.sum()) <= FEW_ROWS
-    if coarse is None or few or (keep is not None and not coarse.takes_filters()):
+    if coarse is None or few or 4 * k > len(coarse) or (keep is not None and not coarse.takes_filters):
+        if len(placed) * len(gallery) * placed.shape[1] >= LONG:
+            announce(len(placed), len(gallery), placed.shape[1], gallery.count_bytes(len(placed), k))
         return gallery.search_placed(placed, k, keep=keep)
     effort, refine = settings
     scores, rows = (np.empty((len(placed), k), dtype=kind) for kind in (np.float32, np.int64))

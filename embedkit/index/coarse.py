@@ -36,6 +36,23 @@ class Coarse:
     rows: Rows
     factory: str
 
+    @classmethod
+    def of(cls, index: Any, rows: Rows, factory: str, gallery: Gallery) -> Coarse:
+        """Return an index that was read from a file, whose entries are these rows of a gallery.
+
+        Raises
+        ------
+        ValueError
+            When they cannot be.
+        """
+        width = gallery.store.dim if gallery.whitening is None else gallery.whitening.dim
+        if index.d != width:
+            raise ValueError(f"FAISS's file is of width {index.d} instead of {width}")
+        known = rows[rows >= 0]
+        if rows.min(initial=-1) < -1 or rows.max(initial=-1) >= len(gallery) or len(np.unique(known)) != len(known):
+            raise ValueError(f"its entries are not rows of the {len(gallery):,} that the store has")
+        return cls(index, rows, factory)
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -6,29 +6,28 @@ store has rows that it lacks.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import EmbedkitError, StoreFormatError
+from embedkit.errors import StoreFormatError
 from embedkit.index import files
 from embedkit.index.choosing import Measurement, Wish, choose
 from embedkit.index.coarse import Coarse, extend
 from embedkit.index.exact import Gallery, Rows, Vectors
+from embedkit.index.facts import Facts
 from embedkit.index.families import EXACT
 from embedkit.index.filters import Where, drop_own, mask_of
 from embedkit.index.queries import embed_queries
 from embedkit.index.results import SearchResult, padded
 from embedkit.index.searching import expand, nearest
-from embedkit.index.whitening import Whitening, fit_whitening
-from embedkit.spec import EmbeddingSpec
+from embedkit.index.whitening import fit_whitening
 from embedkit.store import Store
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Index:
     ) -> Index:
         index = cls.__new__(cls)
         index.gallery, index.store = gallery, gallery.store
-        index._coarse, index._folder = coarse, None
+        index._coarse, index._mapped, index._backbone = coarse, None, None
         index.factory = EXACT if coarse is None else coarse.factory
         index.chosen, index.measurements = chosen, tried
         index.expansion = None
@@ -86,7 +85,8 @@ class Index:
     gallery: Gallery
     expansion: tuple[int, float] | None
     _coarse: Coarse | None
-    _folder: Path | None  # Where FAISS's file is mapped from.
+    _mapped: Path | None  # FAISS's file, where it is mapped and not read.
+    _backbone: Backbone | None
 
     @classmethod
     def build(
@@ -169,21 +169,26 @@ class Index:
         wish = Wish(recall, max_memory, max_latency)
         _check(wish, expansion, metric)
         if backbone is not None:
-            opened.spec.require_same(backbone.spec, f"this backbone did not make {opened.path}")
+            _require_own(backbone, opened)
         whitening = None if whiten is None else fit_whitening(opened, whiten, seed=seed)
-        gallery = Gallery(opened, metric, whitening)
+        gallery, say = Gallery(opened, metric, whitening), progress or _silent
         if factory == EXACT and wish == Wish():
+            say(f"exact: nothing is built, and {gallery.count_bytes(1000, 10) / 1e6:,.0f} MB search for 1,000 queries")
             index = cls._made(gallery, None, None, [])
         else:
             named = None if factory == EXACT else factory
-            index = cls._made(gallery, *choose(gallery, named, wish, seed=seed, say=progress or _silent))
-        index.expansion = expansion
-        if backbone is not None:
-            index.backbone = backbone
+            index = cls._made(gallery, *choose(gallery, named, wish, seed=seed, say=say))
+        index.expansion, index._backbone = expansion, backbone
         return index
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Index:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        store: Store | str | os.PathLike[str] | None = None,
+        *,
+        backbone: Backbone | None = None,
+    ) -> Index:
         """Open an index that `save` wrote; FAISS's file is mapped, not read.
 
         Parameters
@@ -192,6 +197,8 @@ class Index:
             The folder of the index.
         store : Store or path-like, optional
             Its store, when it has moved.
+        backbone : Backbone, optional
+            What embeds queries that are images; by default the store's own, loaded when first needed.
 
         Returns
         -------
@@ -206,64 +213,41 @@ class Index:
         StoreFormatError
             When the index is damaged.
         SpecMismatchError
-            When the store was embedded otherwise than when the index was built.
+            When the store was embedded otherwise than when the index was built, or `backbone` did not make it.
         """
         folder = Path(os.path.abspath(path))
         saved = files.load(folder)
-        facts = saved.facts
-        try:
-            spec = EmbeddingSpec.from_dict(facts["spec"])
-            layer = facts["layer"]
-            opened = store if isinstance(store, Store) else Store.open(_store_path(folder, facts, store), layer=layer)
-            opened.spec.require_same(spec, f"{opened.path} is not what {folder} was built from")
-            index = cls._from(saved, opened)
-        except EmbedkitError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreFormatError(f"{folder / files.NAME} is damaged: {error!r}; build the index again") from error
-        if saved.path is not None:
-            index._folder = folder
-        if opened.content_id != facts.get("content_id"):
-            index._follow(opened, saved.arrays["keys"])
-        return index
-
-    @classmethod
-    def _from(cls, saved: files.Saved, store: Store) -> Index:
         facts, arrays = saved.facts, saved.arrays
-        whitening = Whitening(arrays["mean"], arrays["matrix"]) if "mean" in arrays else None
-        if whitening is not None and (
-            whitening.mean.shape != (store.dim,) or whitening.matrix.shape[1:] != (store.dim,)
-        ):
-            raise ValueError("the whitening has another width")
-        gallery = Gallery(store, facts["metric"], whitening)
-        tried = [Measurement(**one) for one in facts["measurements"]]
-        chosen = None if facts["chosen"] is None else Measurement(**facts["chosen"])
-        coarse = None
-        if saved.index is not None:
-            width = store.dim if whitening is None else whitening.dim
-            if saved.index.d != width or (len(store) and arrays["rows"].max(initial=-1) >= facts["rows"]):
-                raise ValueError("FAISS's file is of another width")
-            coarse = Coarse(saved.index, arrays["rows"], str(facts["factory"]))
-        index = cls._made(gallery, coarse, chosen, tried)
-        index.expansion = (
-            None if facts["expansion"] is None else (int(facts["expansion"][0]), float(facts["expansion"][1]))
-        )
+        place = _store_path(folder, facts, store)
+        opened = place if isinstance(place, Store) else Store.open(place, layer=facts.layer)
+        opened.spec.require_same(facts.spec, f"{opened.path} is not what {folder} was built from")
+        if backbone is not None:
+            _require_own(backbone, opened)
+        changed = opened.content_id != facts.content_id
+        try:
+            gallery = Gallery(opened, facts.metric, saved.whitening(opened.dim))
+            coarse = None
+            if saved.index is not None:
+                rows = files.rows_of(arrays["keys"], opened)[0] if changed else arrays["rows"]
+                coarse = Coarse.of(saved.index, rows, facts.factory, gallery)
+        except ValueError as error:
+            raise StoreFormatError(f"{folder} is damaged: {error}; build the index again") from error
+        index = cls._made(gallery, coarse, facts.chosen, list(facts.measurements))
+        index.expansion, index._mapped, index._backbone = facts.expansion, saved.path, backbone
+        if coarse is not None:
+            index.gone = int((coarse.rows < 0).sum())
+            index.missing = len(opened) - len(coarse) + index.gone
+            index._warn(changed)
         return index
 
-    def _follow(self, store: Store, keys: files.Keys) -> Rows:
-        """Let the entries of the index stand for the rows of a changed store; return the rows that it lacks."""
-        if self._coarse is None:
-            return np.empty(0, dtype=np.int64)
-        rows, missing = files.rows_of(keys, store)
-        self._coarse = dataclasses.replace(self._coarse, rows=rows)
-        self.missing, self.gone = len(missing), int((rows < 0).sum())
-        if self.missing or self.gone:
+    def _warn(self, changed: bool) -> None:
+        """Say what an index lacks, and what has gone since it was saved."""
+        if self.missing or (changed and self.gone):
             _log.warning(
                 "%s has changed since this index was built: %s of its rows are missing here and are not found, "
                 "%s have gone; bring it up to date with index.add(), or embedkit index --update",
-                store.path, f"{self.missing:,}", f"{self.gone:,}",
+                self.store.path, f"{self.missing:,}", f"{self.gone:,}",
             )  # fmt: skip
-        return missing
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the index as a folder, and return it: FAISS's own file, the rows of its entries, and a JSON.
@@ -277,31 +261,25 @@ class Index:
             When another process is writing it.
         StoreFormatError
             When something else stands there.
+        ValueError
+            When adding to the index was interrupted.
         """
         folder, store = Path(os.path.abspath(path)), self.store
-        facts = {
-            "store": os.fspath(store.path),
-            "layer": store.layer,
-            "digest": store.digest,
-            "spec": store.spec.to_dict(),
-            "content_id": store.content_id,
-            "rows": len(store),
-            "metric": self.metric,
-            "factory": self.factory,
-            "expansion": self.expansion,
-            "chosen": None if self.chosen is None else dataclasses.asdict(self.chosen),
-            "measurements": [dataclasses.asdict(one) for one in self.measurements],
-        }
+        facts = Facts(
+            os.fspath(store.path), store.layer, store.spec, store.content_id, len(store), self.metric, self.factory,
+            self.expansion, self.chosen, tuple(self.measurements),
+        )  # fmt: skip
         arrays: dict[str, npt.NDArray[Any]] = {"rows": np.empty(0, dtype=np.int64), "keys": np.empty((0, 16), np.uint8)}
         coarse = self._coarse
+        if coarse is not None and coarse.index.ntotal != len(coarse):
+            raise ValueError("adding rows to this index was interrupted; call add() again before it is saved")
         if coarse is not None:
-            keys = np.zeros((len(coarse), 16), dtype=np.uint8)
-            here = coarse.rows >= 0
-            keys[here] = files.row_keys(store, coarse.rows[here])
-            arrays |= {"rows": coarse.rows, "keys": keys}
+            arrays |= {"rows": coarse.rows, "keys": files.row_keys(store, coarse.rows)}
         if self.gallery.whitening is not None:
             arrays |= {"mean": self.gallery.whitening.mean, "matrix": self.gallery.whitening.matrix}
-        files.save(folder, facts, arrays, None if coarse is None else coarse.index)
+        written = files.save(folder, facts, arrays, None if coarse is None else coarse.index)
+        if self._mapped is not None and self._mapped.parent == folder:
+            self._mapped = written
         return folder
 
     def add(self, store: Store | str | os.PathLike[str] | None = None, *, progress: Say | None = None) -> int:
@@ -323,35 +301,47 @@ class Index:
         opened = store if isinstance(store, Store) else Store.open(store or self.store.path, layer=self.store.layer)
         opened.spec.require_same(self.store.spec, f"{opened.path} was embedded otherwise than this index")
         gallery = Gallery(opened, self.metric, self.gallery.whitening)
-        if self._coarse is not None:
-            coarse = self._coarse
-            if self._folder is not None:  # FAISS adds to what it has read, not to what it has mapped.
-                saved = files.load(self._folder, mapped=False)
-                keys, coarse = saved.arrays["keys"], Coarse(saved.index, coarse.rows, coarse.factory)
-            else:
-                keys = np.zeros((len(coarse), 16), dtype=np.uint8)
-                keys[coarse.rows >= 0] = files.row_keys(self.store, coarse.rows[coarse.rows >= 0])
-            rows, missing = files.rows_of(keys, opened)
+        coarse, keys = self._read_again()
+        rows, missing = files.rows_of(keys, opened)
+        if coarse is not None:
             say(f"{len(missing):,} rows to add, {int((rows < 0).sum()):,} entries have gone")
-            self._coarse = extend(Coarse(coarse.index, rows, coarse.factory), gallery, missing)
-            self._folder = None
-        else:
-            missing = np.arange(len(self.store), max(len(opened), len(self.store)))
+            gallery.norms  # noqa: B018  Looks for what is not finite, before anything is added.
+            coarse = extend(Coarse(coarse.index, rows, coarse.factory), gallery, missing)
+            self.gone = int((coarse.rows < 0).sum())
+        self._coarse, self._mapped, self.missing = coarse, None, 0
         self.store, self.gallery = opened, gallery
-        self.missing, self.gone = 0, 0 if self._coarse is None else int((self._coarse.rows < 0).sum())
         return len(missing)
+
+    def _read_again(self) -> tuple[Coarse | None, files.Keys]:
+        """Return the index in memory, for FAISS adds nothing to what it has mapped, and what tells its rows apart."""
+        coarse = self._coarse
+        if coarse is None:
+            return None, files.row_keys(self.store)
+        if self._mapped is None:
+            return coarse, files.row_keys(self.store, coarse.rows)
+        saved = files.load(self._mapped.parent, mapped=False)
+        if saved.path != self._mapped:
+            raise StoreFormatError(f"{self._mapped.parent} was replaced since it was opened; open it again")
+        return Coarse(saved.index, coarse.rows, coarse.factory), saved.arrays["keys"]
 
     @property
     def metric(self) -> str:
         """What scores are: "cosine", "ip" or "l2"."""
         return self.gallery.metric
 
-    @cached_property
+    @property
     def backbone(self) -> Backbone:
-        """What embeds queries that are images: the store's own backbone."""
-        from embedkit.backbones import Backbone
+        """What embeds queries that are images: the store's own backbone. No other can be set."""
+        if self._backbone is None:
+            from embedkit.backbones import Backbone
 
-        return Backbone.reload(self.store.spec, self.store.recipe)
+            self._backbone = Backbone.reload(self.store.spec, self.store.recipe)
+        return self._backbone
+
+    @backbone.setter
+    def backbone(self, backbone: Backbone) -> None:
+        _require_own(backbone, self.store)
+        self._backbone = backbone
 
     def __len__(self) -> int:
         return len(self.store)
@@ -407,6 +397,8 @@ class Index:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        if radius is not None and math.isnan(radius):
+            raise ValueError("radius must be a number")
         found = embed_queries(queries, self.store, lambda: self.backbone)
         placed = self.gallery.placed(found.vectors)
         if self.expansion is not None:
@@ -431,19 +423,27 @@ class Index:
 def _check(wish: Wish, expansion: tuple[int, float] | None, metric: str) -> None:
     if wish.recall is not None and not 0 < wish.recall <= 1:
         raise ValueError(f"recall is a fraction above 0 and at most 1, got {wish.recall!r}")
-    if expansion is not None and (expansion[0] < 1 or expansion[1] < 0 or metric != "cosine"):
+    if not all(most is None or most > 0 for most in (wish.max_memory, wish.max_latency)):
+        raise ValueError(f"limits are above 0, got {wish.max_memory!r} bytes and {wish.max_latency!r} seconds")
+    if expansion is not None and (expansion[0] < 1 or not 0 <= expansion[1] < math.inf or metric != "cosine"):
         raise ValueError(
             f"query expansion takes a number of neighbours, an alpha of 0 or more, and cosine; got {expansion}"
         )
+
+
+def _require_own(backbone: Backbone, store: Store) -> None:
+    store.spec.require_same(backbone.spec, f"this backbone did not make {store.path}")
 
 
 def _silent(line: str) -> None:
     """Take a line of progress and say nothing."""
 
 
-def _store_path(folder: Path, facts: dict[str, Any], given: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+def _store_path(
+    folder: Path, facts: Facts, given: Store | str | os.PathLike[str] | None
+) -> Store | str | os.PathLike[str]:
     """Return where the store is: as given, where it was, or beside the index, when both were moved together."""
-    if given is not None or os.path.exists(facts["store"]):
-        return given or str(facts["store"])
-    beside = folder.parent / Path(facts["store"]).name
-    return beside if beside.exists() else str(facts["store"])
+    if given is not None:
+        return given
+    beside = folder.parent / Path(facts.store).name
+    return beside if beside.exists() and not os.path.exists(facts.store) else facts.store

@@ -17,9 +17,11 @@ from embedkit.index.searching import found_rows
 
 K = 10
 QUERIES = 2000
-SCREENED = 30_000  # Rows on which all families are tried before the best of them are built in full.
+SCREENED = 20_000  # Rows on which all families are tried before the best of them are built in full.
 PRODUCTS = 4e12  # Multiplications of the exact search that measures: half a minute of two cores.
 SINGLES = 50
+ROUNDS = 3
+FINALISTS = 3
 FEW = 1000  # Rows that are compared before any index has begun.
 
 Say = Callable[[str], None]
@@ -221,7 +223,8 @@ def _tuned(coarse: Coarse, gallery: Gallery, exam: _Exam, build_seconds: float, 
     facts = (coarse.count_bytes() / max(1, len(coarse)), build_seconds, len(coarse))
 
     def measured(effort: int | None, refine: int) -> Measurement:
-        recalls, rate = _recalls(coarse, gallery, judged, effort, refine)
+        rounds = [_recalls(coarse, gallery, judged, effort, refine) for _ in range(ROUNDS)]
+        recalls, rate = rounds[0][0], max(one[1] for one in rounds)
         seconds = _median_seconds(lambda query: found_rows(coarse, gallery, query, K, effort, refine), judged.placed)
         return Measurement(
             coarse.factory, effort, refine, float(recalls.mean()), rate, seconds, *facts, len(judged.least)
@@ -229,15 +232,17 @@ def _tuned(coarse: Coarse, gallery: Gallery, exam: _Exam, build_seconds: float, 
 
     if wish.recall is None:
         return measured(None, 1)
-    settings = list(_sufficient(coarse, gallery, chosen, wish.recall))
-    found: Measurement | None = None
-    for effort, refine, _ in sorted(settings, key=lambda one: -one[2]):
-        candidate = measured(effort, refine)
-        if found is None or candidate.ann_recall > found.ann_recall:
-            found = candidate
-        if candidate.ann_recall >= wish.recall:
-            return candidate
-    return found or measured(min(EFFORTS[-1], effort_limit(coarse.index)) if effort_name(coarse.index) else None, 40)
+    fastest_first = sorted(_sufficient(coarse, gallery, chosen, wish.recall), key=lambda one: -one[2])
+    found = [measured(effort, refine) for effort, refine, _ in fastest_first[:FINALISTS]]
+    enough = [one for one in found if one.ann_recall >= wish.recall]
+    for effort, refine, _ in [] if enough else fastest_first[FINALISTS:]:
+        found.append(measured(effort, refine))
+        if found[-1].ann_recall >= wish.recall:
+            return found[-1]
+    if not found:
+        limit = None if effort_name(coarse.index) is None else min(EFFORTS[-1], effort_limit(coarse.index))
+        found = [measured(limit, REFINEMENTS[-1])]
+    return max(enough, key=lambda one: one.queries_per_second) if enough else max(found, key=lambda one: one.ann_recall)
 
 
 def _sufficient(
@@ -248,34 +253,31 @@ def _sufficient(
     if effort_name(coarse.index) is not None:
         limit = effort_limit(coarse.index)
         efforts = [effort for effort in EFFORTS if effort < limit] + ([limit] if limit <= EFFORTS[-1] else [])
-    fastest = 0.0
-    for refine in REFINEMENTS:
-        low, high = 0, len(efforts)  # The least effort that is enough lies between them.
-        while low < high:
-            middle = (low + high) // 2
-            recalls, rate = _recalls(coarse, gallery, exam, efforts[middle], refine)
-            margin = 1.64 * float(recalls.std()) / np.sqrt(len(recalls))
-            if float(recalls.mean()) - margin >= recall:
-                yield efforts[middle], refine, rate
-                fastest, high = max(fastest, rate), middle
-            elif rate < fastest:
-                break  # More effort is slower still.
-            else:
-                low = middle + 1
+    fastest, at = 0.0, 0
+    refinements = sorted(REFINEMENTS)
+    # Along the edge of what is enough: less comparing as long as it is, more effort as soon as it is not.
+    while at < len(efforts) and refinements:
+        recalls, rate = _recalls(coarse, gallery, exam, efforts[at], refinements[-1])
+        margin = 1.64 * float(recalls.std()) / np.sqrt(len(recalls))
+        if float(recalls.mean()) - margin >= recall:
+            yield efforts[at], refinements.pop(), rate
+            fastest = max(fastest, rate)
+        elif rate < fastest / 2:
+            return  # More effort is slower still.
+        else:
+            at += 1
 
 
 def _recalls(
     coarse: Coarse, gallery: Gallery, exam: _Exam, effort: int | None, refine: int
 ) -> tuple[npt.NDArray[np.float64], float]:
-    """Return the recall of each query, and queries a second, the better of two rounds."""
-    rates = []
-    for _ in range(2):
-        started = time.perf_counter()
-        scores, _ = found_rows(coarse, gallery, exam.placed, K, effort, refine)
-        rates.append(len(scores) / (time.perf_counter() - started))
+    """Return the recall of each query, and queries a second."""
+    started = time.perf_counter()
+    scores, _ = found_rows(coarse, gallery, exam.placed, K, effort, refine)
+    rate = len(scores) / (time.perf_counter() - started)
     least = exam.least[:, None]
     near = scores <= least if gallery.metric == "l2" else scores >= least
-    return near.sum(axis=1) / min(K, len(coarse)), max(rates)
+    return near.sum(axis=1) / min(K, len(coarse)), rate
 
 
 def _median_seconds(search: Callable[[Vectors], object], placed: Vectors) -> float:

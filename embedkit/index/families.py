@@ -35,14 +35,10 @@ def list_factories(n: int, dim: int, metric: str) -> list[str]:
     lists = count_lists(n)
     widths = [width for width in (128, 256) if width < dim] if metric != "ip" else []
     found = ["HNSW32", f"IVF{lists},Flat", f"IVF{lists},SQ8"]
-    found += [f"PCA{width},HNSW32" for width in widths]
+    found += [f"PCA{width},HNSW32" for width in widths[:1]]
     found += [f"PCA{width},IVF{lists},PQ{width // 2}x4fs" for width in widths]
-    found += [f"PCA{width},IVF{lists},SQ8" for width in widths[:1]]
-    if dim <= 512:
-        found += [f"IVF{lists},PQ{dim // 2}x4fs"] if dim % 2 == 0 else []
-    widest = widths[-1] if widths else dim
-    found.append(f"{'PCAR' if widths else 'RR'}{widest},IVF{lists},RaBitQfs")
-    return found
+    found += [f"IVF{lists},PQ{dim // 2}x4fs"] if dim <= 512 and dim % 2 == 0 else []
+    return [*found, f"PCAR{widths[-1]},IVF{lists},RaBitQfs" if widths else f"RR{dim},IVF{lists},RaBitQfs"]
 
 
 def count_lists(n: int) -> int:

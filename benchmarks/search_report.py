@@ -36,8 +36,9 @@ def write_report(report: dict[str, Any], folder: Path, name: str) -> None:
         "Recall@10 counts rows that are as near as the tenth nearest, over queries that are not in the gallery. Each "
         f"line shows the fastest setting that reached {WANTED}, or the one of the highest recall; 'at {WANTED}' reads "
         "the curve between two settings. Memory is what the process held of its own beyond the imported libraries, at "
-        "most while building and after it; the gallery is mapped from a file, and counts only in brackets. embedkit "
-        "searches a store that is there anyway, so its bytes come on top of that; the others hold the vectors.", "",
+        "most while it built and searched, and after building; files that it maps, such as the gallery, count only in "
+        "brackets. embedkit searches a store that is there anyway, and its index comes on top of that; the others' "
+        "indexes hold the vectors.", "",
     ]  # fmt: skip
     text = "\n".join(lines).replace("\n\n\n", "\n\n")
     (folder / f"{name}.md").write_text(text)

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--python", nargs="+", default=[], metavar="PEER=PATH", help="interpreters, by a peer's name")
     parser.add_argument("--folder", type=Path, help="for the vectors, kept for the next run")
     parser.add_argument("--name", help="of the files in benchmarks/results/ (default search; search_quick)")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds in which a peer has to build (1800)")
     parser.add_argument("--quick", action="store_true", help="10,000 rows and one round, to see that it works")
     arguments = parser.parse_args()
     if (arguments.gallery is None) != (arguments.queries is None):
@@ -141,10 +144,12 @@ def finish(place: Path, store: Path, title: str, queries: Vectors) -> dict[str, 
     opened = Store.open(store)
     path = place / "vectors" / "0.npy"
     if not path.exists():
-        vectors = np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), (len(opened), opened.dim))
+        part = place / "part.npy"
+        vectors = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), (len(opened), opened.dim))
         for start, block in zip(range(0, len(opened), BLOCK), opened.iter_blocks(BLOCK), strict=True):
             vectors[start : start + len(block)] = unit(block)
         vectors.flush()
+        part.rename(path)
     queries = unit(queries)
     np.save(place / "queries.npy", queries)
     vectors = np.load(path, mmap_mode="r")
@@ -169,7 +174,7 @@ def recall(gallery: dict[str, Any], found: Rows) -> float:
 
 
 class PeerError(Exception):
-    """A peer's process has ended; the last line that it wrote."""
+    """A peer's process has ended, with this as its last line, or takes too long."""
 
 
 class Child:
@@ -177,7 +182,7 @@ class Child:
 
     def __init__(self, name: str, python: str, gallery: dict[str, Any], threads: int, recall: float) -> None:
         self.name = name
-        self.peak = {"RssAnon": 0, "VmHWM": 0}
+        self.start = self.peak = {"RssAnon": 0, "VmHWM": 0}
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         case = {"vectors": str(gallery["vectors"]), "store": str(gallery["store"]), "threads": threads}
         ours = PEERS[name].library == "embedkit"  # The same one as here, and in no other interpreter.
@@ -194,20 +199,27 @@ class Child:
         pairs = (line.split(":") for line in lines_of(f"/proc/{self.process.pid}/status"))
         return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in self.peak}
 
-    def ask(self, **order: Any) -> Any:
-        """Send an order and wait for its answer."""
+    def watch(self) -> None:
+        """Note the memory that it holds now, if that is the most."""
+        self.peak = {name: max(self.peak[name], value) for name, value in self.memory().items()} or self.peak
+
+    def ask(self, limit: float = math.inf, **order: Any) -> Any:
+        """Send an order and wait for its answer, `limit` seconds at most."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return self.read()
+        return self.read(limit)
 
-    def read(self) -> Any:
+    def read(self, limit: float = math.inf) -> Any:
         """Wait for an answer, watching the memory."""
+        last = time.monotonic() + limit
         answers = self.process.stdout
         assert answers is not None
         while not select.select([answers], [], [], 0.05)[0]:
-            for name, value in self.memory().items():
-                self.peak[name] = max(self.peak[name], value)
+            self.watch()
+            if time.monotonic() > last:
+                raise PeerError(f"not built within {limit:.0f} s")
+        self.watch()
         line = answers.readline()
         if not line:
             self.log.seek(0)
@@ -224,31 +236,37 @@ class Child:
 def run(gallery: dict[str, Any], arguments: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
     """Build every peer, then let them search in turns."""
     print(f"\n{gallery['title']}", flush=True)
-    children: list[Child] = []
+    children: dict[str, Child] = {}
     peers: dict[str, Any] = {}
     skipped: list[str] = []
     products: list[dict[str, float]] = []
+
+    def attempt(name: str, step: Callable[[Child], None]) -> None:
+        try:
+            step(children[name])
+        except PeerError as error:
+            children.pop(name).close()
+            peers.pop(name, None)
+            skipped.append(f"{name}: {error}")
+            print(f"  {name} is left out: {error}", flush=True)
+
+    def begin(child: Child) -> None:
+        peers[child.name] = build(child, arguments.limit, 5 if arguments.quick else 1)
+
     try:
         for name in arguments.peers:
             python = pythons.get(name, pythons.get(PEERS[name].library, sys.executable))
-            child = Child(name, python, gallery, arguments.threads, arguments.recall)
-            children.append(child)
-            try:
-                peers[name] = build(child, 5 if arguments.quick else 1)
-            except PeerError as error:
-                children.remove(child)
-                child.close()
-                skipped.append(f"{name}: {error}")
-                print(f"  {name} is left out: {error}", flush=True)
+            children[name] = Child(name, python, gallery, arguments.threads, arguments.recall)
+            attempt(name, begin)
         for number in range(arguments.rounds):
-            for child in children:
-                search(child, gallery, peers[child.name], arguments.count, number)
-        for child in children:
-            if child.name == "embedkit exact":
-                counts = [count for count in COUNTS if count <= arguments.count]
-                products = child.ask(do="compare", counts=counts)
+            for name in list(children):
+                attempt(name, lambda child, number=number: search(child, gallery, peers, arguments.count, number))
+        for name in list(children):
+            attempt(name, lambda child: weigh(child, peers))
+        if exact := children.get("embedkit exact"):
+            products = exact.ask(do="compare", counts=[count for count in COUNTS if count <= arguments.count])
     finally:
-        for child in children:
+        for child in children.values():
             child.close()
     shape = np.load(gallery["vectors"], mmap_mode="r").shape
     return {
@@ -257,27 +275,29 @@ def run(gallery: dict[str, Any], arguments: argparse.Namespace, pythons: dict[st
     }  # fmt: skip
 
 
-def build(child: Child, step: int) -> dict[str, Any]:
-    """Let a peer import its libraries and then build, and return what that took; points are every step-th value."""
+def build(child: Child, limit: float, step: int) -> dict[str, Any]:
+    """Let a peer import its library and build, and return what that took; its points are every step-th value."""
     child.read()
-    start = child.memory()
-    built = child.ask(do="build")
-    held = child.memory()
-    facts: dict[str, Any] = {
-        "build_seconds": built["seconds"],
-        "peak": max(child.peak["RssAnon"], held["RssAnon"]) - start["RssAnon"],
-        "peak_with_files": held["VmHWM"] - start["VmHWM"],
-        "held": held["RssAnon"] - start["RssAnon"],
-    }
-    facts |= {"bytes": child.ask(do="size"), "parameter": built["parameter"], "note": built["note"]}
-    facts["points"] = [{"value": value, "rates": [], "latencies": []} for value in built["values"][::step]]
-    print(f"  {child.name:<18} built in {built['seconds']:6.0f} s, {facts['peak'] / 1e6:6.0f} MB "
-          f"({built['note']})", flush=True)  # fmt: skip
-    return facts
+    child.start = child.memory()
+    built = child.ask(limit, do="build")
+    held = child.memory()["RssAnon"] - child.start["RssAnon"]
+    print(f"  {child.name:<18} built in {built['seconds']:6.0f} s, {held / 1e6:6.0f} MB ({built['note']})", flush=True)
+    return {
+        "build_seconds": built["seconds"], "held": held, "parameter": built["parameter"], "note": built["note"],
+        "points": [{"value": value, "rates": [], "latencies": []} for value in built["values"][::step]],
+    }  # fmt: skip
 
 
-def search(child: Child, gallery: dict[str, Any], facts: dict[str, Any], count: int, number: int) -> None:
+def weigh(child: Child, peers: dict[str, Any]) -> None:
+    """Add the most memory that building and searching took, and the bytes of the index."""
+    highest = child.memory()["VmHWM"] - child.start["VmHWM"]
+    peers[child.name] |= {"peak": child.peak["RssAnon"] - child.start["RssAnon"], "peak_with_files": highest}
+    peers[child.name]["bytes"] = child.ask(do="size")
+
+
+def search(child: Child, gallery: dict[str, Any], peers: dict[str, Any], count: int, number: int) -> None:
     """Measure every point of a peer once more."""
+    facts = peers[child.name]
     for point in facts["points"]:
         path = gallery["place"] / "rows.npy"
         asked = min(count, PEERS[child.name].queries or count)

@@ -131,7 +131,7 @@ def choose(
     say(f"exact search of {len(exam_rows):,} held-out rows, to measure against")
     exam = _exam(gallery, rows, exam_rows)
     tried = [_measured_exactly(gallery, exam_rows)]
-    factories = [factory] if factory else _screened(gallery, rows, wish, random, seed, say)
+    factories = [factory] if factory is not None else _screened(gallery, rows, wish, random, seed, say)
     options: list[tuple[Coarse, Measurement]] = []
     for name in factories:
         try:
@@ -159,7 +159,7 @@ def choose(
 def _held_out(gallery: Gallery, random: np.random.Generator) -> tuple[Rows, Rows]:
     """Return the rows to index first, and those to search with."""
     n = len(gallery)
-    count = int(min(QUERIES, n // 10, max(200, PRODUCTS / (n * gallery.store.dim))))
+    count = int(min(QUERIES, n // 10, max(200, PRODUCTS / max(1, n * gallery.store.dim))))
     if count < 2:
         raise EvaluationError(f"{gallery.store.path} has {n} rows: too few to measure an index on; search it exactly")
     exam = np.zeros(n, dtype=np.bool_)
@@ -232,27 +232,36 @@ def _tuned(coarse: Coarse, gallery: Gallery, exam: _Exam, build_seconds: float, 
 
     if wish.recall is None:
         return measured(None, 1)
+    efforts = _efforts(coarse)
     fastest_first = sorted(_sufficient(coarse, gallery, chosen, wish.recall), key=lambda one: -one[2])
     found = [measured(effort, refine) for effort, refine, _ in fastest_first[:FINALISTS]]
     enough = [one for one in found if one.ann_recall >= wish.recall]
-    for effort, refine, _ in [] if enough else fastest_first[FINALISTS:]:
+    further = [(effort, refine) for effort, refine, _ in fastest_first[FINALISTS:]]
+    # What is enough for one half may fall short of the other: then with more effort than any so far.
+    most = max((one.effort or 0 for one in found), default=efforts[-1] or 0)
+    further += [(effort, max(REFINEMENTS)) for effort in efforts if effort is not None and effort > most]
+    for effort, refine in [] if enough else further:
         found.append(measured(effort, refine))
         if found[-1].ann_recall >= wish.recall:
             return found[-1]
     if not found:
-        limit = None if effort_name(coarse.index) is None else min(EFFORTS[-1], effort_limit(coarse.index))
-        found = [measured(limit, REFINEMENTS[-1])]
+        found = [measured(efforts[-1], max(REFINEMENTS))]
     return max(enough, key=lambda one: one.queries_per_second) if enough else max(found, key=lambda one: one.ann_recall)
+
+
+def _efforts(coarse: Coarse) -> Sequence[int | None]:
+    """Return the efforts that an index may take, rising; None alone where it knows none."""
+    if effort_name(coarse.index) is None:
+        return [None]
+    limit = min(effort_limit(coarse.index), EFFORTS[-1])
+    return [*(effort for effort in EFFORTS if effort < limit), limit]
 
 
 def _sufficient(
     coarse: Coarse, gallery: Gallery, exam: _Exam, recall: float
 ) -> Iterator[tuple[int | None, int, float]]:
     """Yield settings that reach a recall with a margin, and their queries a second."""
-    efforts: Sequence[int | None] = [None]
-    if effort_name(coarse.index) is not None:
-        limit = effort_limit(coarse.index)
-        efforts = [effort for effort in EFFORTS if effort < limit] + ([limit] if limit <= EFFORTS[-1] else [])
+    efforts = _efforts(coarse)
     fastest, at = 0.0, 0
     refinements = sorted(REFINEMENTS)
     # Along the edge of what is enough: less comparing as long as it is, more effort as soon as it is not.

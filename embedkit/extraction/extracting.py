@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.backbones import Backbone, Choice, device_names, in_batches, usable_processors
+from embedkit.backbones import Backbone, Choice, device_names, in_batches, log_differences, usable_processors
 from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.admission import admitted
 from embedkit.extraction.computing import Job, compute, compute_parts, read_entry
@@ -147,6 +147,7 @@ def extract(
         backbone = Backbone.load(backbone, device=devices[0] if devices else "auto")
     _require_kind(backbone, devices)
     _require_sendable(listing, devices)
+    log_differences(backbone.spec, backbone.recipe)
     names = tuple(checked_layers(backbone, layers))
     specs = {layer: backbone.layer_spec(layer) for layer in names}
     information = _information(listing, backbone)

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "extraction": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "heads": {"errors", "spec", "store", "index"},
-    "evaluation": {"errors", "spec", "text", "images", "backbones", "store", "extraction", "index", "heads"},
+    "evaluation": {
+        "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
+    },
     "diagnosis": {"errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads"},
     "cli": {
         "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
@@ -53,6 +55,7 @@ ONLY_USER = {
     "threadpoolctl": "diagnosis",
     "click": "cli",
     "tqdm": "cli",
+    "yaml": "evaluation",
 }
 
 

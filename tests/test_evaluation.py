@@ -7,8 +7,9 @@ from sklearn.metrics import accuracy_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from embedkit.errors import EvaluationError, SpecMismatchError, StoreNotFoundError
-from embedkit.evaluation import PROTOCOLS, Report, probe, probing, reports
-from embedkit.evaluation.metrics import bootstrap_interval, class_accuracies, confusion_matrix
+from embedkit.evaluation import PROTOCOLS, Report, columns, probe, probing
+from embedkit.evaluation.intervals import bootstrap_interval
+from embedkit.evaluation.metrics import class_accuracies, confusion_matrix
 from embedkit.heads import WeightedKNN, fit_logistic
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store, StoreWriter
@@ -461,7 +462,7 @@ def test_class_names_cannot_drive_the_terminal():
 
 
 def test_long_class_names_are_cut():
-    assert reports._name("x" * 100) == "x" * 37 + "..."
+    assert columns.short_name("x" * 100) == "x" * 37 + "..."
 
 
 def test_the_confusion_matrix_is_left_out_beyond_a_limit(tmp_path, store, monkeypatch):

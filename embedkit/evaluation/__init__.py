@@ -1,7 +1,20 @@
 """Evaluation: what embeddings are worth, measured by fixed protocols over stores."""
 
+from embedkit.evaluation.comparing import Comparison, compare, compare_all, comparison_table
+from embedkit.evaluation.fitted import FittedHead
 from embedkit.evaluation.probing import PROTOCOLS, Protocol, probe
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import Split
 
-__all__ = ["PROTOCOLS", "Protocol", "Report", "Split", "probe"]
+__all__ = [
+    "PROTOCOLS",
+    "Comparison",
+    "FittedHead",
+    "Protocol",
+    "Report",
+    "Split",
+    "compare",
+    "compare_all",
+    "comparison_table",
+    "probe",
+]

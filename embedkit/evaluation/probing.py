@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.metrics import bootstrap_interval, class_accuracies, confusion_matrix
+from embedkit.evaluation.intervals import bootstrap_interval
+from embedkit.evaluation.metrics import class_accuracies, confusion_matrix
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import Part, Split, split_store, whole_store
 from embedkit.heads import C_GRID, WeightedKNN, fit_logistic

@@ -145,20 +145,20 @@ def compare_all(
     """
     pairs = list(combinations(reports, 2))
     found = [compare(reports[left], reports[right], level=level, seed=seed) for left, right in pairs]
-    adjusted = holm_adjusted([one.p_value for one in found])
+    adjusted = adjust([one.p_value for one in found])
     return {
         pair: replace(one, adjusted_p_value=p_value, real=p_value < 1 - level)
         for pair, one, p_value in zip(pairs, found, adjusted, strict=True)
     }
 
 
-def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+def adjust(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number by Holm's procedure, in the given order.
 
     Examples
     --------
-    >>> from embedkit.evaluation.comparing import holm_adjusted
-    >>> holm_adjusted([0.01, 0.04, 0.03])
+    >>> from embedkit.evaluation.comparing import adjust
+    >>> adjust([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
     order = np.argsort(p_values, kind="stable")

@@ -203,10 +203,11 @@ def _choice(parameters: dict[str, Any]) -> str:
 
 def _leaks(leaks: dict[str, Any] | None) -> list[str]:
     """Return a line about pictures that stand in both parts."""
-    found = {name: leaks[name] for name in ("exact", "near") if leaks.get(name)} if leaks else {}
-    if not leaks or not found:
+    if not leaks or not leaks["test_rows"]:
         return []
-    counts = ", ".join(f"{count} {name}" for name, count in found.items())
-    dropped = leaks.get("dropped", 0)
-    what = f"{dropped} training rows were left out for it" if dropped else "--drop-leaks leaves them out of training"
-    return [f"duplicates across train and test: {counts}; {what}"]
+    rows, dropped = leaks["train_rows"], leaks["dropped"]
+    what = (
+        f"{dropped} training rows were left out for it" if dropped else f"--drop-leaks leaves {rows} training rows out"
+    )
+    counts = f"{leaks['exact_pairs']} pairs of the same bytes, {leaks['near_pairs']} alike"
+    return [f"{leaks['test_rows']} test rows have a copy in training ({counts}); {what}"]

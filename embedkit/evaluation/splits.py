@@ -191,6 +191,15 @@ class Split:
                 found = f"{plural}{known[name]!r} and {given[name]!r}"
                 raise EvaluationError(f"{where}: {id!r} is listed twice, in {found}; keep one of them")
 
+    def require(self, name: str, advice: str = "name one as train_split") -> None:
+        """Raise an `EvaluationError` that says which parts there are when a part has no rows."""
+        if name not in self.parts.values():
+            raise EvaluationError(f"{self.path} has no rows of the split {name!r}; {self._found()}; {advice}")
+
+    def _found(self) -> str:
+        counts = Counter(self.parts.values()).most_common(10)
+        return "the file has " + ", ".join(f"{name!r} ({count} rows)" for name, count in counts)
+
     def test_part(self, train: str, test: str | None) -> str:
         """Return the name of the part to test on, after checking that both parts exist and differ.
 
@@ -199,20 +208,19 @@ class Split:
         EvaluationError
             When a part has no rows or both are the same.
         """
-        counts = Counter(self.parts.values())
-        found = "the file has " + ", ".join(f"{name!r} ({count} rows)" for name, count in counts.most_common(10))
-        if train not in counts:
-            raise EvaluationError(f"{self.path} has no rows of the split {train!r}; {found}; name one as train_split")
+        self.require(train)
+        names = set(self.parts.values())
         if test is None:
-            test = next((name for name in TEST_SPLITS if name in counts and name != train), None)
+            test = next((name for name in TEST_SPLITS if name in names and name != train), None)
             if test is None:
                 raise EvaluationError(
-                    f"{self.path} has no split named {', '.join(TEST_SPLITS)}; {found}; name one as test_split"
+                    f"{self.path} has no split named {', '.join(TEST_SPLITS)}; {self._found()}; name one as test_split"
                 )
-        if test not in counts:
-            raise EvaluationError(f"{self.path} has no rows of the split {test!r}; {found}; name one as test_split")
+        self.require(test, "name one as test_split")
         if test == train:
-            raise EvaluationError(f"{self.path}: train and test are both the split {train!r}; name another; {found}")
+            raise EvaluationError(
+                f"{self.path}: train and test are both the split {train!r}; name another; {self._found()}"
+            )
         return test
 
 
@@ -267,6 +275,14 @@ def whole_store(store: Store, task: str = "class") -> Part:
     return Part(store, rows, _stored_names(store, rows), len(store.failures), task)
 
 
+def training_part(store: Store, split: Split | None, train_split: str, task: str = "class") -> Part:
+    """Return the rows to train on: those of one part of a split file, or without one all rows.
+
+    Parameters, result and errors are those of `split_store` and `whole_store`.
+    """
+    return whole_store(store, task) if split is None else split_part(store, split, train_split, task)
+
+
 def split_store(
     store: Store, split: Split, train_split: str, test_split: str | None, task: str = "class"
 ) -> tuple[Part, Part, dict[str, Any]]:
@@ -311,6 +327,7 @@ def split_store(
 
 def split_part(store: Store, split: Split, name: str, task: str = "class") -> Part:
     """Return the rows of one part of a split file; parameters and errors are those of `split_store`."""
+    split.require(name)
     _require_rows(store, np.arange(len(store)), "the store is empty")
     rows = np.array([row for row, id in enumerate(store.ids) if split.parts.get(id) == name], dtype=np.int64)
     wanted = {id for id, part in split.parts.items() if part == name}

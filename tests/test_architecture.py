@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "machine": set(),
     "spec": {"errors"},
     "images": {"errors", "spec"},
     "sources": {"errors", "text", "images"},
@@ -26,9 +27,11 @@ MAY_IMPORT = {
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "heads": {"errors", "spec", "store", "index"},
     "evaluation": {
-        "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
+        "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads", "machine",
     },
-    "diagnosis": {"errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads"},
+    "diagnosis": {
+        "errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads", "machine",
+    },
     "cli": {
         "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
         "evaluation", "diagnosis",

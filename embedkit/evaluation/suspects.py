@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
+from embedkit.evaluation.columns import align_columns, short_name
 from embedkit.evaluation.folding import assign_folds
 from embedkit.evaluation.splits import Part
 from embedkit.heads import fit_logistic, logistic_regression
@@ -80,14 +81,13 @@ class Suspects:
             f"{len(self.found):,} of {counted(self.judged, 'label')} look wrong: a classifier fitted to the other "
             f"{self.folds - 1} of {self.folds} folds sees another class"
         ]
-        table = [("given", "p", "suggested", "p", "image")] * bool(self.found)
+        table = [["given", "p", "suggested", "p", "image"]] * bool(self.found)
         table += [
-            (printable(one.given), f"{one.given_probability:.3f}", printable(one.suggested), f"{one.probability:.3f}",
-             printable(one.id))
+            [short_name(one.given), f"{one.given_probability:.3f}", short_name(one.suggested),
+             f"{one.probability:.3f}", printable(one.id)]
             for one in self.found[:shown]
         ]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)][:4]
-        lines += ["  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[4]]) for row in table]
+        lines += align_columns(table, "<><><")
         lines += [f"... and {len(self.found) - shown:,} more"] * (len(self.found) > shown)
         for same in self.contradictions[:shown]:
             pairs = ", ".join(f"{printable(id)} ({printable(name)})" for id, name in list(same.items())[:5])

@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from embedkit import __version__
-from embedkit.cli.commands import info, models, probe, search
+from embedkit.cli.commands import info, models, search
 from embedkit.cli.diagnosis import doctor
 from embedkit.cli.extraction import extract
 from embedkit.cli.printing import NoticeHandler, error_lines
+from embedkit.cli.probing import probe
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
 from embedkit.errors import EmbedkitError
 

@@ -198,6 +198,7 @@ _SOURCE_OPTIONS = [
 ]  # fmt: skip
 
 NAMES = _Names()
+NUMBERS = _Numbers(int)
 COUNT_OR_SHARE = _CountOrShare()
 
 device_option = click.option(

@@ -2,7 +2,8 @@
 
 from embedkit.evaluation.comparing import Comparison, compare, compare_all, comparison_table
 from embedkit.evaluation.fitted import FittedHead
-from embedkit.evaluation.probing import PROTOCOLS, Protocol, probe
+from embedkit.evaluation.probing import probe
+from embedkit.evaluation.protocols import PROTOCOLS, Protocol
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import Split
 

@@ -65,7 +65,7 @@ class Truth:
     def __len__(self) -> int:
         return len(self.values)
 
-    def take(self, rows: npt.NDArray[Any]) -> Truth:
+    def take(self, rows: npt.NDArray[Any] | slice) -> Truth:
         """Return what is true of some of the rows."""
         return Truth(self.task, self.classes, self.values[rows])
 

@@ -22,7 +22,9 @@ Array = npt.NDArray[Any]
 C_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-def logistic_regression(C: float, *, max_iter: int = 1000, warm_start: bool = False) -> Pipeline:
+def logistic_regression(
+    C: float, *, max_iter: int = 1000, standardise: bool = True, tol: float = 1e-4, warm_start: bool = False
+) -> Pipeline:
     """Return an unfitted linear head: standardisation, then logistic regression.
 
     Parameters
@@ -31,6 +33,10 @@ def logistic_regression(C: float, *, max_iter: int = 1000, warm_start: bool = Fa
         Inverse strength of the L2 penalty, in scikit-learn's convention (it weighs the sum of the losses).
     max_iter : int, default 1000
         Limit on the L-BFGS iterations; scikit-learn's 100 is too few for weak penalties.
+    standardise : bool, default True
+        Whether the regression sees standardised embeddings, or those that are given.
+    tol : float, default 1e-4
+        Largest entry of the gradient at which it stops.
     warm_start : bool, default False
         Whether a further `fit` of the regression starts from the previous solution.
 
@@ -46,8 +52,8 @@ def logistic_regression(C: float, *, max_iter: int = 1000, warm_start: bool = Fa
     >>> head.predict([[0.2], [2.8]]).tolist()
     ['low', 'high']
     """
-    regression = LogisticRegression(C=C, solver="lbfgs", max_iter=max_iter, warm_start=warm_start)
-    return Pipeline([("scaler", StandardScaler()), ("regression", regression)])
+    regression = LogisticRegression(C=C, solver="lbfgs", max_iter=max_iter, tol=tol, warm_start=warm_start)
+    return Pipeline([("scaler", StandardScaler())] * standardise + [("regression", regression)])
 
 
 def fit_logistic(
@@ -56,8 +62,12 @@ def fit_logistic(
     *,
     seed: int = 0,
     fraction: float = 0.2,
+    held_out: npt.NDArray[np.bool_] | None = None,
     C_grid: Sequence[float] = C_GRID,
+    criterion: str = "log-loss",
+    standardise: bool = True,
     max_iter: int = 1000,
+    tol: float = 1e-4,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Pipeline, dict[str, Any]]:
     """Fit a linear head, choosing the strength of its penalty on held-out training rows.
@@ -78,10 +88,14 @@ def fit_logistic(
     fraction : float, default 0.2
         Share of each class that is held out, but at least one row of each class with two or more. Classes of one row
         stay in the fitted part.
+    held_out : array of bool of shape (n,), optional
+        The rows to hold out, in place of a drawn share of them.
     C_grid : sequence of float, default ``(1e-4, 3e-4, 1e-3, ..., 100)``
         The values of C to try. The default spans what few-shot and million-image training sets ask for.
-    max_iter : int, default 1000
-        Limit on the iterations of every fit, as in `logistic_regression`.
+    criterion : str, default "log-loss"
+        What is compared: "log-loss" or "accuracy".
+    standardise, max_iter, tol
+        Of every fit, as in `logistic_regression`.
     progress : callable, optional
         Called with one line of text for each C.
 
@@ -118,15 +132,21 @@ def fit_logistic(
         )
     if len(np.unique(labels)) < 2:
         raise EvaluationError("a classifier needs training rows of at least two classes")
-    held_out = _held_out(labels, fraction, seed)
-    choice: dict[str, Any] = {"C": 1.0, "C_losses": {}, "held_out_rows": int(held_out.sum()), "C_not_converged": []}
+    if held_out is None:
+        held_out = _held_out(labels, fraction, seed)
+    named = "C_losses" if criterion == "log-loss" else "C_scores"
+    settings: dict[str, Any] = {"max_iter": max_iter, "standardise": standardise, "tol": tol}
+    choice: dict[str, Any] = {"C": 1.0, named: {}, "held_out_rows": int(held_out.sum()), "C_not_converged": []}
     if held_out.any():
-        tuned = logistic_regression(grid[0], max_iter=max_iter, warm_start=True)
-        choice.update(_tune(tuned, x, labels, held_out, grid, progress))
+        values, choice["C_not_converged"] = sweep_logistic(
+            x, labels, held_out, grid, criterion=criterion, progress=progress, **settings
+        )
+        sign = 1 if criterion == "log-loss" else -1
+        choice.update({"C": min(grid, key=lambda C: sign * values[C]), named: values})
     else:
         choice["note"] = "every class has one training row, so none could be held out to choose C by; C is 1"
-    head = logistic_regression(choice["C"], max_iter=max_iter)
-    choice["converged"] = _fit(head, x, labels)
+    head = logistic_regression(choice["C"], **settings)
+    choice["converged"] = fit_quietly(head, x, labels)
     return head, choice
 
 
@@ -142,41 +162,53 @@ def _held_out(labels: Array, fraction: float, seed: int) -> npt.NDArray[np.bool_
     return mask
 
 
-def _tune(
-    head: Pipeline,
+def sweep_logistic(
     x: Array,
-    labels: Array,
+    y: npt.ArrayLike,
     held_out: npt.NDArray[np.bool_],
-    grid: Sequence[float],
-    progress: Callable[[str], None] | None,
-) -> dict[str, Any]:
-    """Return the held-out loss of every C of an ascending grid, and the C of the lowest."""
-    regression = head["regression"]
-    rows = head["scaler"].fit_transform(x[~held_out])
-    queries = head["scaler"].transform(x[held_out])
-    classes = np.unique(labels[~held_out])
-    codes = np.searchsorted(classes, labels[held_out])
-    losses: dict[float, float] = {}
+    C_grid: Sequence[float],
+    *,
+    standardise: bool = True,
+    criterion: str = "log-loss",
+    max_iter: int = 1000,
+    tol: float = 1e-4,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[dict[float, float], list[float]]:
+    """Return the held-out log-loss or accuracy of every C of an ascending grid, and the C that did not converge."""
+    head = logistic_regression(C_grid[0], max_iter=max_iter, standardise=standardise, tol=tol, warm_start=True)
+    labels, regression = np.asarray(y), head["regression"]
+    rows, queries = x[~held_out], x[held_out]
+    if standardise:
+        rows, queries = head["scaler"].fit_transform(rows), head["scaler"].transform(queries)
+    found: dict[float, float] = {}
     unconverged = []
     # Ascending, because the solution for a strong penalty is a good start for the next weaker one.
-    for C in grid:
+    for C in C_grid:
         regression.set_params(C=C)
-        if not _fit(regression, rows, labels[~held_out]):
+        if not fit_quietly(regression, rows, labels[~held_out]):
             unconverged.append(C)
-        likelihoods = regression.predict_proba(queries)[np.arange(len(queries)), codes]
-        # A row that a float32 probability of zero condemns counts as the least that float32 can tell from zero.
-        losses[C] = float(-np.log(np.maximum(likelihoods.astype(np.float64), np.finfo(np.float32).tiny)).mean())
+        found[C] = _held_out_value(regression, queries, labels[held_out], criterion)
         if progress is not None:
-            progress(f"C = {C:g}: log-loss {losses[C]:.4f} on {len(queries)} held-out training rows")
-    # min returns the first of equals, which is the smallest C.
-    return {"C": min(grid, key=losses.__getitem__), "C_losses": losses, "C_not_converged": unconverged}
+            progress(f"C = {C:g}: {criterion} {found[C]:.4f} on {len(queries)} held-out training rows")
+    return found, unconverged
 
 
-def _fit(estimator: Any, x: Array, labels: Array) -> bool:
+def _held_out_value(regression: LogisticRegression, queries: Array, labels: Array, criterion: str) -> float:
+    likelihoods, classes = regression.predict_proba(queries), regression.classes_
+    codes = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    known = classes[codes] == labels
+    if criterion == "accuracy":
+        return float(np.mean(known & (likelihoods.argmax(axis=1) == codes)))
+    own = np.where(known, likelihoods[np.arange(len(queries)), codes], 0).astype(np.float64)
+    # A row that a float32 probability of zero condemns counts as the least that float32 can tell from zero.
+    return float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
+
+
+def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:
     """Fit, and return whether the solver converged instead of warning about it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        estimator.fit(x, labels)
+        estimator.fit(x, y)
     others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
     for warning in others:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

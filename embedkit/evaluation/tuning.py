@@ -1,0 +1,107 @@
+"""Tuning: a head's one number, chosen on held-out training rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from embedkit.evaluation.folding import hold_out
+from embedkit.evaluation.metrics import average_precisions
+from embedkit.evaluation.scoring import class_scores
+from embedkit.evaluation.targets import Training
+from embedkit.heads import make_head
+
+Progress = Callable[[str], None]
+
+# What is chosen for each head and from what, the most cautious first: it wins among equals. Heads that are not named
+# have nothing to choose.
+GRIDS: dict[str, tuple[str, tuple[float | int, ...]]] = {
+    "ridge": ("regularisation", (1e6, 3e5, 1e5, 3e4, 1e4, 3e3, 1e3, 3e2, 1e2, 3e1, 1e1, 1.0, 1e-1)),
+    "svm": ("C", (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)),
+    "lda": ("shrinkage", (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 0.01)),
+    "knn": ("k", (200, 100, 50, 20, 10, 5, 1)),
+    "mlp": ("weight_decay", (1e-2, 1e-3, 1e-4)),
+}
+
+
+def fit_tuned(
+    name: str, rows: Training, *, fraction: float, seed: int, progress: Progress
+) -> tuple[Any, dict[str, Any]]:
+    """Fit a head by name, choosing its number in `GRIDS` on held-out training rows.
+
+    Parameters
+    ----------
+    name : str
+        One of `embedkit.heads.HEADS`.
+    rows : Training
+        What to fit to.
+    fraction : float
+        Share of the rows that is held out.
+    seed : int
+        Draws them, and whatever the head draws.
+    progress : callable
+        Called with one line of text for each value.
+
+    Returns
+    -------
+    estimator : estimator
+        Fitted to all rows.
+    choice : dict
+        "chosen" ``{parameter: value}``, "losses" ``{value: loss on the held-out rows}``, "criterion",
+        "held_out_rows"; "note" where there was nothing to choose by.
+    """
+    if name not in GRIDS:
+        return make_head(name, task=rows.task).fit(rows.x, rows.y), {"chosen": {}}
+    parameter, grid = GRIDS[name]
+    held = hold_out(len(rows.x), fraction, seed, strata=rows.strata, groups=rows.groups)
+    choice: dict[str, Any] = {"chosen": {}, "held_out_rows": int(held.sum()), "losses": {}}
+    if not held.any():
+        note = f"every class has one training row, so none could be held out to choose {parameter} by"
+        return make_head(name, task=rows.task).fit(rows.x, rows.y), {**choice, "note": note}
+    kept, queries = rows.take(~held), rows.take(held)
+    for value in grid:
+        loss, choice["criterion"] = held_out_loss(
+            _made(name, rows.task, seed, {parameter: value}).fit(kept.x, kept.y), queries
+        )
+        choice["losses"][value] = loss
+        progress(
+            f"{parameter} = {value:g}: {choice['criterion']} {loss:.4f} on {len(queries.x)} held-out training rows"
+        )
+    best = min(grid, key=choice["losses"].__getitem__)  # The first of equals.
+    choice["chosen"] = {parameter: best}
+    return _made(name, rows.task, seed, {parameter: best}).fit(rows.x, rows.y), choice
+
+
+def _made(name: str, task: str, seed: int, parameters: dict[str, float]) -> Any:
+    head = make_head(name, task=task, **parameters)
+    if "random_state" in head.get_params():
+        head.set_params(random_state=seed)
+    return head
+
+
+def fresh(estimator: Any) -> Any:
+    """Return an estimator like this one, so that fitting it leaves this one as it is."""
+    return copy.deepcopy(estimator)
+
+
+def held_out_loss(estimator: Any, rows: Training) -> tuple[float, str]:
+    """Return how wrong a fitted head is about rows that it did not see, and by what measure.
+
+    Log-loss where the head gives probabilities: accuracy on a few hundred rows moves in steps of chance.
+    """
+    if rows.task == "regression":
+        return float(np.mean(np.square(np.asarray(estimator.predict(rows.x)).reshape(-1) - rows.y))), "squared error"
+    if rows.task == "multi-label":
+        scores, _ = class_scores(estimator, rows.x)
+        precisions = average_precisions(rows.y, estimator.predict(rows.x) if scores is None else scores)
+        return float(1 - np.nanmean(precisions)) if np.isfinite(precisions).any() else 1.0, "1 - mAP"
+    if not hasattr(estimator, "predict_proba"):
+        return float(np.mean(estimator.predict(rows.x) != rows.y)), "error"
+    classes = estimator.classes_
+    codes = np.minimum(np.searchsorted(classes, rows.y), len(classes) - 1)
+    likelihoods = estimator.predict_proba(rows.x)[np.arange(len(rows.x)), codes].astype(np.float64)
+    likelihoods[classes[codes] != rows.y] = 0  # Of a class that the fitted rows lack.
+    return float(-np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny)).mean()), "log-loss"

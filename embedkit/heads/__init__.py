@@ -1,0 +1,23 @@
+"""Heads: classifiers over embeddings, and the only user of scikit-learn's estimators.
+
+A head sees rows of numbers and labels. Stores, splits and scores belong to `embedkit.evaluation`.
+"""
+
+from __future__ import annotations
+
+from embedkit.heads.choosing import HEADS, make_head
+from embedkit.heads.least_squares import LeastSquares
+from embedkit.heads.logistic import C_GRID, fit_logistic, fit_quietly, logistic_regression, sweep_logistic
+from embedkit.heads.neighbours import WeightedKNN
+
+__all__ = [
+    "C_GRID",
+    "HEADS",
+    "LeastSquares",
+    "WeightedKNN",
+    "fit_logistic",
+    "fit_quietly",
+    "logistic_regression",
+    "make_head",
+    "sweep_logistic",
+]

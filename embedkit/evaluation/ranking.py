@@ -144,11 +144,11 @@ def rank_layers(
         if missing:
             raise EvaluationError(f"{store.path} lacks layers of {stores[0].path}: {', '.join(sorted(missing))}")
     found = []
-    for name in names:
+    for number, name in enumerate(names, start=1):
         opened = [Store.open(store.path, layer=name) for store in stores]
         label = opened[0].spec.pool
-        say(f"{label}: probing {opened[0].dim} numbers a row")
-        report = probe(*opened, progress=progress, **arguments)
+        say(f"layer {number} of {len(names)}: {label}, {opened[0].dim} numbers a row")
+        report = probe(*opened, **arguments)
         found.append(RankedLayer(label, name, opened[0].dim, report, None))
     found.sort(key=lambda one: -one.report.headline[1])
     comparisons = [compare(found[0].report, one.report, seed=arguments.get("seed", 0)) for one in found[1:]]

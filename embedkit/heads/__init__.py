@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from embedkit.heads.choosing import HEADS, make_head
 from embedkit.heads.least_squares import LeastSquares
-from embedkit.heads.logistic import C_GRID, fit_logistic, fit_quietly, logistic_regression, sweep_logistic
+from embedkit.heads.logistic import LogisticHead, logistic_regression
 from embedkit.heads.neighbours import WeightedKNN
+from embedkit.heads.penalties import C_GRID, fit_logistic, fit_quietly, sweep_logistic
 
 __all__ = [
     "C_GRID",
     "HEADS",
     "LeastSquares",
+    "LogisticHead",
     "WeightedKNN",
     "fit_logistic",
     "fit_quietly",

@@ -13,9 +13,11 @@ from typing import Any
 import click
 
 from embedkit import __version__
+from embedkit.cli.benching import bench
 from embedkit.cli.commands import info, models, search
 from embedkit.cli.diagnosis import doctor
 from embedkit.cli.extraction import extract
+from embedkit.cli.predicting import predict
 from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.probing import probe
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
@@ -75,6 +77,7 @@ def main() -> None:
 
 
 for _command in (
-    extract, info, status, verify, merge, select, export_store, import_store, search, probe, models, doctor,
+    extract, info, status, verify, merge, select, export_store, import_store, search, probe, predict, bench, models,
+    doctor,
 ):  # fmt: skip
     main.add_command(_command)

@@ -146,7 +146,7 @@ def test_the_table_ranks_and_marks_real_differences():
     assert [line.split()[0] for line in lines[1:4]] == ["best", "second", "worst"]
     assert lines[3].endswith("*") and not lines[2].endswith("*")
     assert "-0.2500" in lines[3] and "-0.0025" in lines[2]
-    assert lines[-1] == "* real at 95%: 2 of 3 differences (McNemar's exact test, corrected by Holm)"
+    assert lines[-1] == "* real at 95 %: 2 of 3 differences (McNemar's exact test, corrected by Holm)"
     assert "." in lines[6] and "-0.2500*" in "\n".join(lines[6:9])
 
 

@@ -186,7 +186,7 @@ def comparison_table(reports: Mapping[str, Report], *, level: float = LEVEL, see
     ordered = {name: reports[name] for name in ranked}
     found = compare_all(ordered, level=level, seed=seed)
     metric = ordered[ranked[0]].headline[0]
-    rows = [["", metric, f"{level:.0%} interval".replace("%", " %"), "to the best", "interval", "p (Holm)", ""]]
+    rows = [["", metric, f"{100 * level:g} % interval", "to the best", "interval", "p (Holm)", ""]]
     for name in ranked:
         _, value, (low, high) = ordered[name].headline
         cells = [short_name(name), f"{value:.4f}", f"[{low:.4f}, {high:.4f}]"]
@@ -194,10 +194,10 @@ def comparison_table(reports: Mapping[str, Report], *, level: float = LEVEL, see
             rows.append([*cells, "", "", "", ""])
             continue
         one = found[ranked[0], name]
-        low, high = -one.interval[1], -one.interval[0]
+        low, high = 0 - one.interval[1], 0 - one.interval[0]
         mark = "*" if one.real else ""
         rows.append(
-            [*cells, f"{-one.difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{one.adjusted_p_value:.2g}", mark]
+            [*cells, f"{0 - one.difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{one.adjusted_p_value:.2g}", mark]
         )
     lines = align_columns(rows, "<><><><")
     if 2 < len(ranked) <= MATRIX_REPORTS:
@@ -205,7 +205,7 @@ def comparison_table(reports: Mapping[str, Report], *, level: float = LEVEL, see
     count, real = len(found), sum(one.real for one in found.values())
     tests = ", ".join(sorted({one.test for one in found.values()}))
     if found:
-        lines += ["", f"* real at {level:.0%}: {real} of {count} differences ({tests}, corrected by Holm)"]
+        lines += ["", f"* real at {100 * level:g} %: {real} of {count} differences ({tests}, corrected by Holm)"]
     return "\n".join(lines) + "\n"
 
 
@@ -217,7 +217,7 @@ def _matrix(ranked: Sequence[str], found: Mapping[tuple[str, str], Comparison]) 
         for other in ranked:
             one = found.get((other, name))
             # A blank in place of the mark keeps the digits below each other.
-            cells.append("." if one is None else f"{-one.difference:+.4f}{'*' if one.real else ' '}")
+            cells.append("." if one is None else f"{0 - one.difference:+.4f}{'*' if one.real else ' '}")
         rows.append([short_name(name), str(number), *cells])
     return align_columns(rows, "<>" + ">" * len(ranked))
 

@@ -197,8 +197,34 @@ def find_suspects(
         )
         for row in order.tolist()
     ]  # fmt: skip
-    small = {str(name): int(count) for name, count in zip(classes, counts, strict=True) if count < folds}
+    small = small_classes(part.names, folds)
     return Suspects(found, _contradictions(part, groups), small, int(judged[codes].sum()), folds, C)
+
+
+def small_classes(names: npt.NDArray[np.str_], least: int = 5) -> dict[str, int]:
+    """Return the classes with too few rows to learn much from, and how many they have.
+
+    Parameters
+    ----------
+    names : array of str of shape (n,)
+        The class of each row.
+    least : int, default 5
+        How many rows are enough.
+
+    Returns
+    -------
+    dict of str to int
+        Sorted by name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from embedkit.evaluation.suspects import small_classes
+    >>> small_classes(np.array(["cat"] * 9 + ["dog"]))
+    {'dog': 1}
+    """
+    classes, counts = np.unique(names, return_counts=True)
+    return {str(name): int(count) for name, count in zip(classes, counts, strict=True) if count < least}
 
 
 def _out_of_fold(

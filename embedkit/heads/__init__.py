@@ -10,16 +10,20 @@ from embedkit.heads.least_squares import LeastSquares
 from embedkit.heads.logistic import LogisticHead, logistic_regression
 from embedkit.heads.neighbours import WeightedKNN
 from embedkit.heads.penalties import C_GRID, fit_logistic, fit_quietly, sweep_logistic
+from embedkit.heads.saving import SavedHead, load_head, save_head
 
 __all__ = [
     "C_GRID",
     "HEADS",
     "LeastSquares",
     "LogisticHead",
+    "SavedHead",
     "WeightedKNN",
     "fit_logistic",
     "fit_quietly",
+    "load_head",
     "logistic_regression",
     "make_head",
+    "save_head",
     "sweep_logistic",
 ]

@@ -250,4 +250,4 @@ def test_command_names_the_fields_that_differ(
 ) -> None:
     made = extract(photos, tmp_path / "other.h5", Backbone.load(tiny_backbone, img_size=96, device="cpu"))
     done = run(head_folder, made.path)
-    assert done.exit_code == 1 and "error:   preprocessing.img_size: [64, 64] != [96, 96]" in done.stderr
+    assert done.exit_code == 1 and "\n  preprocessing.img_size: [64, 64] != [96, 96]\n" in done.stderr

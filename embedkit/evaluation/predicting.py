@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import heapq
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from embedkit.backbones import Backbone, in_batches
 from embedkit.errors import EvaluationError, ImageError
 from embedkit.extraction import Embedded, embed_batches, listed
+from embedkit.heads import load_head
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store
 from embedkit.store.durable import aside, publish_over
@@ -33,11 +34,30 @@ _Embedded: TypeAlias = tuple[str, npt.NDArray[np.float32] | ImageError]  # An id
 class Head(Protocol):
     """A head with what it was fitted to: a `FittedHead` of a report, or what `embedkit.heads.load_head` returns."""
 
-    estimator: Any
-    classes: Any
-    spec: EmbeddingSpec
-    task: str
-    information: Any
+    @property
+    def estimator(self) -> Any:
+        """Fitted; it takes embeddings as they are stored."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes or labels."""
+        ...
+
+    @property
+    def spec(self) -> EmbeddingSpec:
+        """How the embeddings were made."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """One of "class", "multi-label" and "regression"."""
+        ...
+
+    @property
+    def information(self) -> Mapping[str, Any]:
+        """With the key "recipe", how the backbone was loaded."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -220,7 +240,7 @@ def predict(
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    opened: Head = _loaded(head) if isinstance(head, str | os.PathLike) else head
+    opened: Head = load_head(head) if isinstance(head, str | os.PathLike) else head
     score, classes, scores = _scoring(opened)
     columns = scores(np.zeros((1, opened.spec.dim), dtype=np.float32)).shape[1]
     top = min(top, columns) if classes else columns
@@ -234,13 +254,6 @@ def predict(
     flow = partial(embed_batches, listing, backbone, batch_size=batch_size, workers=workers)
     total = len(listing.files) + len(listing.failures)
     return Predictions(total, score, top, classes, lambda: _of_images(flow(), listing.failures), scores, progress)
-
-
-def _loaded(path: str | os.PathLike[str]) -> Head:
-    from embedkit.heads import load_head
-
-    head: Head = load_head(path)
-    return head
 
 
 def reload_backbone(head: Head, *, model: str | os.PathLike[str] | None = None, device: str = "auto") -> Backbone:
@@ -271,9 +284,9 @@ def _of_store(store: Store) -> Generator[_Embedded, None, None]:
     def embedded() -> Iterator[_Embedded]:
         start = 0
         for block in store.iter_blocks():
-            finite: list[bool] = np.isfinite(block).all(axis=1).tolist()
+            bad = set(np.flatnonzero(~np.isfinite(block).all(axis=1)).tolist())
             for row, id in enumerate(store.ids[start : start + len(block)]):
-                yield id, block[row] if finite[row] else ImageError(id, "its embedding is not finite", "damaged")
+                yield id, ImageError(id, "its embedding is not finite", "damaged") if row in bad else block[row]
             start += len(block)
 
     failed = ((one.id, ImageError(one.id, one.error, one.kind)) for one in store.failures)

@@ -15,14 +15,17 @@ import numpy as np
 from embedkit import __version__
 from embedkit.backbones import log_differences
 from embedkit.errors import EvaluationError
+from embedkit.evaluation.estimates import warn_of_memory
 from embedkit.evaluation.fitted import FittedHead
 from embedkit.evaluation.leaks import THRESHOLD, Leaks, find_leaks
 from embedkit.evaluation.outcomes import Job, Outcome, measure_folds, measure_once, measure_shots
 from embedkit.evaluation.protocols import Protocol, find_protocol
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import TASKS, Part, Split, split_store, training_part, whole_store
-from embedkit.evaluation.targets import Training, fitted_labels, test_truth, training_targets
+from embedkit.evaluation.suspects import small_classes
+from embedkit.evaluation.targets import Training, fitted_labels, find_truth, training_targets
 from embedkit.store import Store
+from embedkit.text import counted, printable
 
 # Of few-shot runs where nobody said how many; one draw of a few rows tells little.
 FEW_SHOT_SEEDS = 5
@@ -136,10 +139,11 @@ def probe(
     inputs = _inputs(trained, tested, left_out, split)
     if leaks is not None:
         inputs["leaks"] = {**leaks.summary(), "dropped": len(leaks.drop) if drop_leaks else 0}
+    _warn(trained, tested, recipe, options, say)
     say(f"reading {len(trained.rows)} training and {len(tested.rows)} test rows")
     rows = Training(trained.embeddings(), training_targets(trained), target, trained.groups())
     labels = fitted_labels(trained) if target == "multi-label" else []
-    job = Job(recipe, rows, labels, test_truth(trained, tested), seed, say)
+    job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say)
     outcome = _measure(job, tested, options)
     parameters = {
         "protocol": protocol, "protocol_version": recipe.version, "task": target, "seed": seed, **recipe.settings(),
@@ -271,6 +275,18 @@ def _leaks_of(train: Part, test: Part, progress: Progress) -> Leaks:
             f"{len(train.rows):,} x {len(test.rows):,} pairs are too many to look for pictures that are only alike"
         )
     return leaks
+
+
+def _warn(trained: Part, tested: Part, recipe: Protocol, options: _Options, progress: Progress) -> None:
+    """Say what makes numbers doubtful or the run impossible, before it begins."""
+    few = small_classes(trained.names) if trained.task == "class" else {}
+    if few:
+        some = ", ".join(f"{printable(name)} ({rows})" for name, rows in list(few.items())[:10])
+        more = f" and {len(few) - 10:,} more" if len(few) > 10 else ""
+        progress(f"{counted(len(few), 'class')} with fewer than 5 training rows: {some}{more}")
+    c = len(np.unique(trained.names)) if trained.task == "class" else max(1, len(fitted_labels(trained)))
+    rows = min(len(trained.rows), max(options.shots) * c) if options.shots else len(trained.rows)
+    warn_of_memory(rows, trained.store.dim, c, head=recipe.head_name, tested=len(tested.rows))
 
 
 def _measure(job: Job, tested: Part, options: _Options) -> Outcome:

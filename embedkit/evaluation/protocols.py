@@ -25,6 +25,7 @@ from embedkit.heads import (
     fit_logistic,
     fit_quietly,
     logistic_regression,
+    plain_logistic,
     sweep_logistic,
 )
 
@@ -61,6 +62,11 @@ class Protocol:
             What was chosen on held-out rows and how, as JSON values.
         """
         raise NotImplementedError
+
+    @property
+    def head_name(self) -> str:
+        """What an estimate of memory calls the head."""
+        return "logistic"
 
     def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
         """Return further fitted heads by name that are scored beside the protocol's, and never chosen from."""
@@ -121,6 +127,12 @@ class Default(Protocol):
         estimator, choice = fit_logistic(rows.x, rows.y, held_out=held, C_grid=self.C_grid, progress=progress)
         return estimator, {"head": head, **choice}
 
+    @property
+    def head_name(self) -> str:
+        """The head's own name, or its type's."""
+        head = "logistic" if self.head is None else self.head
+        return head if isinstance(head, str) else type(head).__name__
+
     def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
         """Return the k-NN head, for classes."""
         if rows.task != "class":
@@ -166,6 +178,11 @@ class DinoKNN(Protocol):
         head = WeightedKNN(k=self.k, temperature=self.temperature).fit(rows.x, rows.y)
         return head, {"head": "knn", "chosen": {"k": min(self.k, len(rows.x)), "T": self.temperature}}
 
+    @property
+    def head_name(self) -> str:
+        """What an estimate of memory calls the head."""
+        return "knn"
+
     def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
         """Return the k-NN heads of the other k, over the same rows in memory."""
         return {str(k): copy.copy(estimator).set_params(k=k) for k in self.ks if k != self.k}
@@ -182,9 +199,9 @@ class Dinov2LogReg(Protocol):
     Source: facebookresearch/dinov2, ``dinov2/eval/log_regression.py`` (Oquab et al., 2023). Its images: resize 224,
     centre crop 224.
 
-    Deviations: L-BFGS of scikit-learn in float32 in place of cuML's quasi-Newton in float64, with a tolerance of 1e-4
-    on the gradient in place of 1e-12 on the loss (float32 cannot reach it), each C started from the solution of the one
-    before it; the tenth is drawn by numpy in place of torch, so that byte-identical pictures stay on one side.
+    Deviations: our L-BFGS in float32 in place of cuML's quasi-Newton in float64, stopped at a gradient of 1e-4 in place
+    of 1e-12, which float32 cannot reach (see `embedkit.heads.LogisticHead`), each C started from the solution of the
+    one before it; the tenth is drawn by numpy in place of torch, and byte-identical pictures stay on one side.
 
     Parameters
     ----------
@@ -227,8 +244,9 @@ class ClipLBFGS(Protocol):
     CLIP's ViTs are probed before their projection, which is for the store to have.
 
     Deviations: the paper takes a data set's own validation part where there is one; here a stratified fifth of the
-    training rows is held out always. Of equal accuracies the stronger penalty wins, which the paper leaves open; each
-    fit starts from the one before it in order of strength. scikit-learn's C is 1 / strength.
+    training rows is held out always. Of equal accuracies the stronger penalty wins, which the paper leaves open. Our
+    L-BFGS finds scikit-learn's solution to a gradient of 1e-4 in float32, each fit started from the one before it in
+    order of strength. C is 1 / strength.
 
     Parameters
     ----------
@@ -335,7 +353,7 @@ class MtebImage(Protocol):
 
     def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
         """Fit, see `Protocol.fit`."""
-        head = logistic_regression(self.C, max_iter=self.max_iter, standardise=False)
+        head = plain_logistic(self.C, max_iter=self.max_iter)
         return head, {"head": "logistic", "C": self.C, "converged": fit_quietly(head, rows.x, rows.y)}
 
 

@@ -83,7 +83,7 @@ def training_targets(train: Part) -> npt.NDArray[Any]:
     return _indicator(train, fitted_labels(train)) if train.task == "multi-label" else train.names
 
 
-def test_truth(train: Part, test: Part) -> Truth:
+def find_truth(train: Part, test: Part) -> Truth:
     """Return what is true of the test rows, over the classes of both parts.
 
     Raises

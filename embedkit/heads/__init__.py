@@ -10,6 +10,7 @@ from embedkit.heads.least_squares import LeastSquares
 from embedkit.heads.logistic import LogisticHead, logistic_regression
 from embedkit.heads.neighbours import WeightedKNN
 from embedkit.heads.penalties import C_GRID, fit_logistic, fit_quietly, sweep_logistic
+from embedkit.heads.plain import plain_logistic
 from embedkit.heads.saving import SavedHead, load_head, save_head
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "load_head",
     "logistic_regression",
     "make_head",
+    "plain_logistic",
     "save_head",
     "sweep_logistic",
 ]

@@ -49,7 +49,8 @@ class LeastSquares(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     --------
     >>> import numpy as np
     >>> from embedkit.heads import LeastSquares
-    >>> head = LeastSquares().fit(np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), ["cat", "cat", "dog"])
+    >>> x = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    >>> head = LeastSquares(regularisation=1.0).fit(x, ["cat", "cat", "dog"])
     >>> head.predict(np.array([[2.0, 0.1], [0.0, 3.0]])).tolist()
     ['cat', 'dog']
     """

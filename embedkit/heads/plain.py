@@ -24,7 +24,7 @@ def plain_logistic(C: float = 1.0, *, max_iter: int = 100) -> LogisticRegression
 
     Examples
     --------
-    >>> from embedkit.heads import plain_logistic
+    >>> from embedkit.heads.plain import plain_logistic
     >>> head = plain_logistic().fit([[0.0], [1.0], [2.0], [3.0]], ["low", "low", "high", "high"])
     >>> head.predict([[0.2], [2.8]]).tolist()
     ['low', 'high']

@@ -219,7 +219,7 @@ def _rebuild(values: Any, arrays: dict[str, Array], where: str) -> SavedHead:
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise EvaluationError(f"{where}: classes must be a list of texts")
         spec = EmbeddingSpec.from_dict(values["spec"])
-        sizes = {"d": spec.dim}
+        sizes = {"d": spec.dim, "1": 1}
         if task != "regression":
             sizes["c"] = len(classes)
         estimator = _made(values["estimator"], arrays, sizes, where)
@@ -266,18 +266,16 @@ def _checked(name: str, value: Any, arrays: dict[str, Array], kind: Kind, sizes:
     if array.ndim != len(shape):
         raise EvaluationError(f"{where}: {name} has {array.ndim} dimensions, not {len(shape)}")
     for letter, size in zip(shape, array.shape, strict=True):
-        # Two classes need one column of weights.
-        allowed = (
-            {sizes.setdefault(letter, size)} if letter != "k" else {sizes.get("c", size), sizes.setdefault("k", 1)}
-        )
-        if size not in allowed or (letter == "k" and size == 1 and sizes.get("c", 1) > 2):
+        if letter == "k" and "k" not in sizes:  # Two classes need one column of weights.
+            sizes["k"] = 1 if size == 1 and sizes.get("c") == 2 else sizes.get("c", size)
+        if size != sizes.setdefault(letter, size):
             raise EvaluationError(f"{where}: {name} has the shape {array.shape}, which contradicts the other parts")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise EvaluationError(f"{where}: {name} has numbers that are not finite")
-    if (
-        name == "codes_"
-        and array.size
-        and (array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < sizes["c"])
-    ):
+    if name == "codes_" and not _are_codes(array, sizes["c"]):
         raise EvaluationError(f"{where}: {name} has codes of no class")
     return array
+
+
+def _are_codes(array: Array, classes: int) -> bool:
+    return array.dtype.kind in "iu" and (not array.size or bool(0 <= array.min() <= array.max() < classes))

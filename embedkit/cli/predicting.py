@@ -70,20 +70,18 @@ def predict(
         raise click.UsageError("--csv writes a file, and --json prints; give one of them")
     selection = source_arguments(choices)
     loaded = load_head(head)
-    store = len(images) == 1 and images[0].endswith(".h5")
-    arguments: dict[str, Any] = {"top": top, "batch_size": batch_size, "workers": workers}
-    with printing.SampleBar(quiet or csv_file is None) as bar:
-        arguments["progress"] = bar.update
-        if store:
-            _refuse_selection(ctx, model)
-            _finish(ctx, predict_images(loaded, images[0], **arguments), csv_file, as_json, quiet)
-        if not images and selection["files_from"] is None:
-            raise click.UsageError("name what to look at: a folder, an archive, a table, image files, or a store")
-        with printing.saying_when_long("listing the images", quiet):
-            listing = list_images(*images, **selection)
-        with _backbone(loaded, model, device, time_limit if isolate else None, quiet) as backbone:
-            found = predict_images(loaded, listing, backbone=backbone, **arguments)
-            _finish(ctx, found, csv_file, as_json, quiet)
+    settings: dict[str, Any] = {"top": top, "batch_size": batch_size, "workers": workers}
+    if len(images) == 1 and images[0].endswith(".h5"):
+        _refuse_selection(ctx)
+        found = predict_images(loaded, images[0], **settings)
+        _finish(ctx, found, csv_file, as_json, quiet)
+    if not images and selection["files_from"] is None:
+        raise click.UsageError("name what to look at: a folder, an archive, a table, image files, or a store")
+    with printing.saying_when_long("listing the images", quiet):
+        listing = list_images(*images, **selection)
+    with _backbone(loaded, model, device, time_limit if isolate else None, quiet) as backbone:
+        found = predict_images(loaded, listing, backbone=backbone, **settings)
+        _finish(ctx, found, csv_file, as_json, quiet)
 
 
 def _backbone(head: Any, model: str | None, device: str, time_limit: float | None, quiet: bool) -> Any:
@@ -95,7 +93,7 @@ def _backbone(head: Any, model: str | None, device: str, time_limit: float | Non
     return nullcontext(backbone) if time_limit is None else backbone.isolated(time_limit)
 
 
-def _refuse_selection(ctx: click.Context, model: str | None) -> None:
+def _refuse_selection(ctx: click.Context) -> None:
     """Refuse options that choose among images or embed them, where there is a store."""
     chosen = [name for name in ctx.params if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
     others = sorted(set(chosen) - {"head", "images", "csv_file", "top", "as_json", "quiet"})
@@ -107,7 +105,8 @@ def _refuse_selection(ctx: click.Context, model: str | None) -> None:
 def _finish(ctx: click.Context, found: Predictions, csv_file: Path | None, as_json: bool, quiet: bool) -> None:
     """Write or print every prediction, say what failed, and end."""
     if csv_file is not None:
-        found.to_csv(csv_file)
+        with printing.SampleBar(quiet) as bar:
+            found.to_csv(csv_file, progress=bar.update)
         done = counted(found.total - len(found.failures), "image")
         click.echo(printable(f"{csv_file}: {done}, {len(found.failures):,} failed"))
     else:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone, in_batches
-from embedkit.errors import EvaluationError, ImageError
+from embedkit.errors import EvaluationError, ImageError, SpecMismatchError
 from embedkit.extraction import Embedded, embed_batches, listed
 from embedkit.heads import load_head
 from embedkit.spec import EmbeddingSpec
@@ -25,7 +25,7 @@ from embedkit.store import Store
 from embedkit.store.durable import aside, publish_over
 
 # Rows that the head sees at a time: enough that a call of the estimator costs little beside its arithmetic.
-BLOCK = 256
+BLOCK = 64
 
 Scores = npt.NDArray[np.float64]
 _Embedded: TypeAlias = tuple[str, npt.NDArray[np.float32] | ImageError]  # An id and its embedding, or why it has none.
@@ -110,7 +110,6 @@ class Predictions:
     classes: list[str]
     _embedded: Callable[[], Generator[_Embedded, None, None]] = field(repr=False)
     _scores: Callable[[npt.NDArray[np.float32]], Scores] = field(repr=False)
-    _progress: Callable[[int, int], None] | None = field(default=None, repr=False)
     failures: list[ImageError] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -118,23 +117,16 @@ class Predictions:
 
     def __iter__(self) -> Iterator[Prediction]:
         self.failures.clear()
-        for batch in in_batches(self._counted(), BLOCK):
-            embeddings = [found for _, found in batch if not isinstance(found, ImageError)]
-            predicted = iter(self._predicted(np.stack(embeddings)) if embeddings else ())
-            for id, found in batch:
-                if isinstance(found, ImageError):
-                    self.failures.append(found)
-                    yield Prediction(id, error=found)
-                else:
-                    labels, scores = next(predicted)
-                    yield Prediction(id, labels, scores)
-
-    def _counted(self) -> Iterator[_Embedded]:
         with closing(self._embedded()) as embedded:
-            for done, found in enumerate(embedded, start=1):
-                if self._progress is not None:
-                    self._progress(done, self.total)
-                yield found
+            for batch in in_batches(embedded, BLOCK):
+                embeddings = [found for _, found in batch if not isinstance(found, ImageError)]
+                predicted = iter(self._predicted(np.stack(embeddings)) if embeddings else ())
+                for id, found in batch:
+                    if isinstance(found, ImageError):
+                        self.failures.append(found)
+                        yield Prediction(id, error=found)
+                    else:
+                        yield Prediction(id, *next(predicted))
 
     def _predicted(self, embeddings: npt.NDArray[np.float32]) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
         scores = self._scores(embeddings)
@@ -147,7 +139,7 @@ class Predictions:
             for columns, values in zip(best.tolist(), chosen, strict=True)
         )
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
+    def to_csv(self, path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> None:
         """Write every prediction as a line of a CSV file, in UTF-8; the file appears when it is whole.
 
         The columns are path (the id), label and probability (score for a head without probabilities), then label2 and
@@ -158,6 +150,8 @@ class Predictions:
         ----------
         path : path-like
             The file. What stands there is replaced.
+        progress : callable, optional
+            Called with how many images are done, and how many there are.
         """
         target = Path(path)
         numbers = ["", *map(str, range(2, self.top + 1))]
@@ -167,7 +161,9 @@ class Predictions:
             with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["path", *(name + number for number in numbers for name in names), "error"])
-                for one in self:
+                for done, one in enumerate(self, start=1):
+                    if progress is not None:
+                        progress(done, self.total)
                     scores = [f"{score:.6g}" for score in one.scores]
                     cells = list(chain(*zip(one.labels, scores, strict=True))) if self.classes else scores
                     error = "" if one.error is None else one.error.reason
@@ -187,7 +183,6 @@ def predict(
     top: int = 1,
     batch_size: int | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Predict what a head says about images, or about the rows of a store.
 
@@ -210,8 +205,6 @@ def predict(
         How many labels each image gets, at most.
     batch_size, workers
         As for `embedkit.extract`.
-    progress : callable, optional
-        Called with how many images are done, and how many there are.
 
     Returns
     -------
@@ -247,19 +240,23 @@ def predict(
     if isinstance(images, Store) or (isinstance(images, str | os.PathLike) and os.fspath(images).endswith(".h5")):
         store = _agreeing(images if isinstance(images, Store) else Store.open(images), opened.spec)
         total = len(store) + len(store.failures)
-        return Predictions(total, score, top, classes, lambda: _of_store(store), scores, progress)
+        return Predictions(total, score, top, classes, lambda: _of_store(store), scores)
     listing = listed(images)
     backbone = backbone or reload_backbone(opened, model=model, device=device)
     opened.spec.require_same(backbone.spec, "cannot predict: the head was fitted to what another backbone embeds")
     flow = partial(embed_batches, listing, backbone, batch_size=batch_size, workers=workers)
     total = len(listing.files) + len(listing.failures)
-    return Predictions(total, score, top, classes, lambda: _of_images(flow(), listing.failures), scores, progress)
+    return Predictions(total, score, top, classes, lambda: _of_images(flow(), listing.failures), scores)
 
 
 def reload_backbone(head: Head, *, model: str | os.PathLike[str] | None = None, device: str = "auto") -> Backbone:
     """Load the backbone that a head was fitted to; see `Backbone.reload`, which says what it raises."""
     recipe = head.information.get("recipe")
-    return Backbone.reload(head.spec, recipe if isinstance(recipe, dict) else {}, model=model, device=device)
+    try:
+        return Backbone.reload(head.spec, recipe if isinstance(recipe, dict) else {}, model=model, device=device)
+    except SpecMismatchError as error:
+        message = "cannot predict: this is not the backbone that the head was fitted to"
+        raise SpecMismatchError(message, error.differences) from None
 
 
 def _of_images(

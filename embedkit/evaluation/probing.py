@@ -23,7 +23,7 @@ from embedkit.evaluation.protocols import Protocol, find_protocol
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import TASKS, Part, Split, split_store, training_part, whole_store
 from embedkit.evaluation.suspects import small_classes
-from embedkit.evaluation.targets import Training, fitted_labels, find_truth, training_targets
+from embedkit.evaluation.targets import Training, find_truth, fitted_labels, training_targets
 from embedkit.store import Store
 from embedkit.text import counted, printable
 

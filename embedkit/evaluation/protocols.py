@@ -25,9 +25,9 @@ from embedkit.heads import (
     fit_logistic,
     fit_quietly,
     logistic_regression,
-    plain_logistic,
     sweep_logistic,
 )
+from embedkit.heads.plain import plain_logistic
 
 Progress = Callable[[str], None]
 Fitted = tuple[Any, dict[str, Any]]

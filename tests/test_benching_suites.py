@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,10 @@ def test_our_own_suites_can_be_read_and_say_how_they_are_run(path: Path, tmp_pat
     assert f"embedkit bench configs/{path.name}" in text
     assert ".." not in text.replace("...", "")
     assert all(str(tmp_path) in data.train for data in suite.data)
+
+
+def test_the_suite_of_the_guide_can_be_read(tmp_path: Path) -> None:
+    guide = (CONFIGS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", guide, flags=re.DOTALL)
+    suite = read(tmp_path, text, DATA=tmp_path)
+    assert len(suite.plans) == 12 and suite.protocols[1].name == "few-shot"

@@ -47,16 +47,16 @@ class _Bars:
             self.name, self.bar = name, printing.ImageBar(self.quiet)
             if progress.kept < progress.total:
                 printing.notice(f"{name}: extracting", self.quiet)
-        assert self.bar is not None
-        self.bar.update(progress)
+        if self.bar is not None:
+            self.bar.update(progress)
         if progress.done == progress.total:
-            self.close()
+            self.close()  # What comes after that is the same once more, when all is written.
 
     def close(self) -> None:
         """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
-        self.name, self.bar = "", None
+        self.bar = None
 
 
 @click.command()

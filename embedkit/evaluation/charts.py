@@ -153,9 +153,10 @@ def _padded(low: float, high: float, share: float, limits: tuple[float, float]) 
 
 
 def _across(left: float, right: float, place: _Place, low: float, high: float) -> list[str]:
-    values = [digit * 10.0**power for power in range(math.floor(left), math.ceil(right) + 1) for digit in (1, 2, 5)]
+    digits = (1, 2, 5) if right - left > 1 else (1, 1.5, 2, 3, 5, 7)
+    values = [digit * 10.0**power for power in range(math.floor(left), math.ceil(right) + 1) for digit in digits]
     shown = [value for value in values if left <= math.log10(value) <= right]
-    if len(shown) < 2:  # Within one step of 1, 2, 5: round numbers between.
+    if len(shown) < 2:  # Between two of them: round numbers.
         shown = [float(f"{10 ** (left + (right - left) * at):.2g}") for at in (0.1, 0.5, 0.9)]
     parts = []
     for value in dict.fromkeys(shown[:: 1 + len(shown) // 10]):

@@ -8,9 +8,10 @@ from sklearn.naive_bayes import GaussianNB
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation import PROTOCOLS, Protocol
+from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.protocols import find_protocol
 from embedkit.evaluation.targets import Training
-from embedkit.heads import C_GRID, WeightedKNN
+from embedkit.heads import C_GRID, WeightedKNN, make_head
 
 CLASSES = np.array(["daisy", "rose", "tulip"])
 
@@ -178,9 +179,44 @@ def test_default_takes_any_estimator_and_leaves_it_as_it_is():
 
 def test_default_chooses_the_k_of_a_k_nn_head_on_held_out_rows():
     head, choice, lines = fitted("default", Training(*blobs()), head="knn")
-    assert choice["head"] == "knn" and choice["criterion"] == "log-loss" and choice["held_out_rows"] == 18
+    assert choice["head"] == "knn" and choice["criterion"] == "error" and choice["held_out_rows"] == 18
     assert head.k == choice["chosen"]["k"] == min(choice["losses"], key=choice["losses"].__getitem__)
     assert len(lines) == len(choice["losses"])
+
+
+def test_ridge_is_chosen_from_one_sweep_as_from_single_fits():
+    rows = Training(*blobs())
+    head, choice, _ = fitted("default", rows, head="ridge")
+    held = hold_out(90, 0.2, 0, strata=rows.strata)
+    for value, loss in choice["losses"].items():
+        single = make_head("ridge", regularisation=value).fit(rows.x[~held], rows.y[~held])
+        assert loss == pytest.approx(np.mean(single.predict(rows.x[held]) != rows.y[held]))
+    least = min(choice["losses"].values())
+    assert choice["chosen"]["regularisation"] == max(v for v, loss in choice["losses"].items() if loss == least)
+    assert head.regularisation == choice["chosen"]["regularisation"]
+
+
+@pytest.mark.parametrize("name", ["svm", "lda", "mean", "mlp"])
+def test_every_head_has_a_name(name):
+    rows = Training(*blobs())
+    head, choice, _ = fitted("default", rows, head=name)
+    assert choice["head"] == name and np.mean(head.predict(rows.x) == rows.y) > 0.7
+    assert choice["chosen"].keys() <= head.get_params().keys() or name in ("svm", "lda")
+
+
+@pytest.mark.parametrize("name", ["ridge", "knn"])
+def test_numbers_and_labels_are_tuned_by_their_own_losses(name):
+    x, _ = blobs()
+    numbers, labels = x @ np.arange(6.0), (x[:, :3] > 0).astype(np.uint8)
+    assert fitted("default", Training(x, numbers, "regression"), head=name)[1]["criterion"] == "squared error"
+    assert fitted("default", Training(x, labels, "multi-label"), head=name)[1]["criterion"] == "1 - mAP"
+
+
+def test_default_predicts_numbers_by_ridge_regression():
+    x, _ = blobs()
+    assert fitted("default", Training(x, x @ np.arange(6.0), "regression"))[1]["head"] == "ridge"
+    with pytest.raises(EvaluationError, match="take the head ridge, knn or mlp"):
+        fitted("default", Training(x, x[:, 0], "regression"), head="logistic")
 
 
 def test_default_says_when_there_was_nothing_to_choose_by():

@@ -16,6 +16,9 @@ from embedkit.text import printable
 # Tables of more classes no longer fit a screen, and show their most telling lines instead.
 TABLE_CLASSES = 20
 
+# What the first table calls a head, where not by its name.
+TITLES = {"logistic": "linear", "knn": "k-NN"}
+
 # The metric that stands for a report, by what was read off the embeddings.
 HEADLINES = {"class": "top1", "multi-label": "mAP", "regression": "r2"}
 
@@ -117,7 +120,8 @@ class Report:
                 ]
                 for shots, one in metrics["shots"].items()
             ]
-        title = "linear" if parameters.get("head", "logistic") == "logistic" else parameters["head"]
+        head = parameters.get("head", "logistic")
+        title = TITLES.get(head, head)
         rows = [
             [f"{title} {name}", _fraction(metrics[name]), _interval(metrics[f"{name}_interval"]), tuned]
             for name in names

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.metrics import average_precisions
 from embedkit.evaluation.scoring import class_scores
 from embedkit.evaluation.targets import Training
-from embedkit.heads import make_head
+from embedkit.heads import fit_quietly, make_head, ridge_sweep
 
 Progress = Callable[[str], None]
 
@@ -53,29 +54,45 @@ def fit_tuned(
         "chosen" ``{parameter: value}``, "losses" ``{value: loss on the held-out rows}``, "criterion",
         "held_out_rows"; "note" where there was nothing to choose by.
     """
+    settings: dict[str, Any] = {"task": rows.task, "seed": seed}
     if name not in GRIDS:
-        return make_head(name, task=rows.task).fit(rows.x, rows.y), {"chosen": {}}
+        head = _made(name, {}, **settings)
+        return head, {"chosen": {}, "converged": fit_quietly(head, rows.x, rows.y)}
     parameter, grid = GRIDS[name]
     held = hold_out(len(rows.x), fraction, seed, strata=rows.strata, groups=rows.groups)
     choice: dict[str, Any] = {"chosen": {}, "held_out_rows": int(held.sum()), "losses": {}}
-    if not held.any():
-        note = f"every class has one training row, so none could be held out to choose {parameter} by"
-        return make_head(name, task=rows.task).fit(rows.x, rows.y), {**choice, "note": note}
+    if held.any():
+        for value, (loss, choice["criterion"]) in _losses(name, rows, held, settings):
+            choice["losses"][value] = loss
+            progress(
+                f"{parameter} = {value:g}: {choice['criterion']} {loss:.4f} on {int(held.sum())} held-out training rows"
+            )
+        # min returns the first of equals.
+        choice["chosen"] = {parameter: min(grid, key=choice["losses"].__getitem__)}
+    else:
+        choice["note"] = f"every class has one training row, so none could be held out to choose {parameter} by"
+    head = _made(name, choice["chosen"], **settings)
+    choice["converged"] = fit_quietly(head, rows.x, rows.y)
+    return head, choice
+
+
+def _losses(
+    name: str, rows: Training, held: npt.NDArray[np.bool_], settings: dict[str, Any]
+) -> Iterator[tuple[float, tuple[float, str]]]:
+    """Yield every value of a head's grid, and how wrong the head with it is about the held-out rows."""
+    parameter, grid = GRIDS[name]
     kept, queries = rows.take(~held), rows.take(held)
+    if name == "ridge":  # All of them from one eigendecomposition.
+        for value, answers in ridge_sweep(rows.x, rows.y, held, grid, task=rows.task).items():
+            yield value, answer_loss(answers, queries)
+        return
     for value in grid:
-        loss, choice["criterion"] = held_out_loss(
-            _made(name, rows.task, seed, {parameter: value}).fit(kept.x, kept.y), queries
-        )
-        choice["losses"][value] = loss
-        progress(
-            f"{parameter} = {value:g}: {choice['criterion']} {loss:.4f} on {len(queries.x)} held-out training rows"
-        )
-    best = min(grid, key=choice["losses"].__getitem__)  # The first of equals.
-    choice["chosen"] = {parameter: best}
-    return _made(name, rows.task, seed, {parameter: best}).fit(rows.x, rows.y), choice
+        head = _made(name, {parameter: value}, **settings)
+        fit_quietly(head, kept.x, kept.y)
+        yield value, held_out_loss(head, queries, likely=name != "knn")
 
 
-def _made(name: str, task: str, seed: int, parameters: dict[str, float]) -> Any:
+def _made(name: str, parameters: dict[str, float], *, task: str, seed: int) -> Any:
     head = make_head(name, task=task, **parameters)
     if "random_state" in head.get_params():
         head.set_params(random_state=seed)
@@ -87,21 +104,29 @@ def fresh(estimator: Any) -> Any:
     return copy.deepcopy(estimator)
 
 
-def held_out_loss(estimator: Any, rows: Training) -> tuple[float, str]:
+def held_out_loss(estimator: Any, rows: Training, *, likely: bool = True) -> tuple[float, str]:
     """Return how wrong a fitted head is about rows that it did not see, and by what measure.
 
-    Log-loss where the head gives probabilities: accuracy on a few hundred rows moves in steps of chance.
+    Log-loss where the head gives probabilities: accuracy on a few hundred rows moves in steps of chance. `likely` says
+    whether they deserve the name: the votes of few neighbours are often all for one class.
     """
-    if rows.task == "regression":
-        return float(np.mean(np.square(np.asarray(estimator.predict(rows.x)).reshape(-1) - rows.y))), "squared error"
     if rows.task == "multi-label":
         scores, _ = class_scores(estimator, rows.x)
-        precisions = average_precisions(rows.y, estimator.predict(rows.x) if scores is None else scores)
-        return float(1 - np.nanmean(precisions)) if np.isfinite(precisions).any() else 1.0, "1 - mAP"
-    if not hasattr(estimator, "predict_proba"):
-        return float(np.mean(estimator.predict(rows.x) != rows.y)), "error"
+        return answer_loss(estimator.predict(rows.x) if scores is None else scores, rows)
+    if rows.task == "regression" or not likely or not hasattr(estimator, "predict_proba"):
+        return answer_loss(estimator.predict(rows.x), rows)
     classes = estimator.classes_
     codes = np.minimum(np.searchsorted(classes, rows.y), len(classes) - 1)
     likelihoods = estimator.predict_proba(rows.x)[np.arange(len(rows.x)), codes].astype(np.float64)
     likelihoods[classes[codes] != rows.y] = 0  # Of a class that the fitted rows lack.
     return float(-np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny)).mean()), "log-loss"
+
+
+def answer_loss(answers: npt.NDArray[Any], rows: Training) -> tuple[float, str]:
+    """Return how wrong answers are, and by what measure: names of classes, scores of several labels, or numbers."""
+    if rows.task == "regression":
+        return float(np.mean(np.square(np.asarray(answers).reshape(-1) - rows.y))), "squared error"
+    if rows.task == "multi-label":
+        precisions = average_precisions(rows.y, answers)
+        return float(1 - np.nanmean(precisions)) if np.isfinite(precisions).any() else 1.0, "1 - mAP"
+    return float(np.mean(answers != rows.y)), "error"

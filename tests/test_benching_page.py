@@ -156,6 +156,14 @@ def test_the_page_has_what_it_promises(tmp_path: Path) -> None:
     assert page.index("0.jpg") < page.index("1.jpg")
 
 
+@pytest.mark.parametrize(("load", "said"), [(0.1, 0), (None, 0), (1e6, 1)])
+def test_rates_of_a_busy_machine_are_called_so(load: float | None, said: int, tmp_path: Path) -> None:
+    suite = suite_of(["one"])
+    (cell,) = cells_of(suite, [report(4)])
+    cell.facts["speed"]["load"] = load
+    assert page_of(suite, [cell], tmp_path).count("these rates are too low") == said
+
+
 def test_errors_come_with_their_pictures_as_long_as_there_is_room(tmp_path: Path, tiny_backbone: Path) -> None:
     for number in range(30):
         (tmp_path / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)

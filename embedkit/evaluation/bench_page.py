@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from embedkit.backbones import usable_processors
 from embedkit.errors import EmbedkitError
 from embedkit.evaluation.benching import versions
 from embedkit.evaluation.cell_details import Pictures, cell_details, name, table, text
@@ -239,9 +240,19 @@ def _charts(standing: Standing, colours: Mapping[str, int]) -> str:
                 figures.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")
     note = (
         "<p class=soft>Images/s: from the files to the embeddings, on the machine below; the mouse on a number in the "
-        "table says what was timed. Bars are 95 % intervals.</p>"
+        f"table says what was timed. Bars are 95 % intervals.{_busy(standing)}</p>"
     )
     return f"<div class=charts>{''.join(figures)}</div>{note}" if figures else ""
+
+
+def _busy(standing: Standing) -> str:
+    """Return a warning where other programs ran while backbones were timed."""
+    cells = [place.cell for _, row in standing.rows for place in row if place is not None]
+    loads = [cell.facts["speed"].get("load") for cell in cells if cell.images_per_second is not None]
+    most = max((load for load in loads if isinstance(load, int | float)), default=0.0)
+    if most <= usable_processors() + 0.5:
+        return ""
+    return f" The machine was busy with other programs, its load up to {most:.1f}: these rates are too low."
 
 
 def _speed(cell: Cell) -> float | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         StoreFormatError,
         StoreNotFoundError,
     )
-    from embedkit.evaluation import Report, probe
+    from embedkit.evaluation import Report, compare, comparison_table, probe
     from embedkit.extraction import estimate, extract
     from embedkit.index import Index
     from embedkit.sources import list_images
@@ -52,6 +52,8 @@ __all__ = [
     "StoreFormatError",
     "StoreNotFoundError",
     "__version__",
+    "compare",
+    "comparison_table",
     "estimate",
     "extract",
     "list_images",
@@ -66,6 +68,8 @@ _ROOMS = {
     "Preprocessing": "spec",
     "Report": "evaluation",
     "Store": "store",
+    "compare": "evaluation",
+    "comparison_table": "evaluation",
     "estimate": "extraction",
     "extract": "extraction",
     "list_images": "sources",

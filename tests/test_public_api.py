@@ -31,6 +31,8 @@ def test_the_public_names_are_exactly_these() -> None:
         "StoreFormatError",
         "StoreNotFoundError",
         "__version__",
+        "compare",
+        "comparison_table",
         "estimate",
         "extract",
         "list_images",

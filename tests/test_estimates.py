@@ -12,22 +12,24 @@ from embedkit.evaluation.estimates import estimate_memory, warn_of_memory
 from embedkit.machine import available_memory
 
 FIT = """
-import resource, sys
+import resource
 import numpy as np
 from embedkit.heads import fit_logistic
-fit_logistic(np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float32), np.arange(2000) % 10, C_grid=(0.1, 1))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-x = np.empty((120_000, 384), dtype=np.float32)
-for start in range(0, len(x), 1000):
-    x[start:start + 1000] = np.random.default_rng(start).random((1000, 384), dtype=np.float32)
-fit_logistic(x, np.arange(len(x)) % 10, C_grid=(1e-4, 1e-3))
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+def fit(n):
+    x = np.empty((n, 256), dtype=np.float32)
+    for start in range(0, n, 1000):
+        x[start:start + 1000] = np.random.default_rng(start).random((1000, 256), dtype=np.float32)
+    fit_logistic(x, np.arange(n) % 4, C_grid=(1e-4,), max_iter=3)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(-fit(1000) + fit(80_000))
 """
 
 
-def test_a_head_that_streams_needs_no_more_for_more_rows() -> None:
-    few, many = (estimate_memory(n, 512, 10, head="ridge") for n in (100_000, 10_000_000))
-    assert few == many < estimate_memory(100_000, 512, 10, head="logistic")
+def test_a_head_that_copies_no_rows_needs_little_beside_them() -> None:
+    for head in ("ridge", "mean"):
+        needed = estimate_memory(10_000_000, 512, 10, head=head)
+        assert 4 * 512e7 < needed < 1.02 * 4 * 512e7
+    assert estimate_memory(10_000_000, 512, 10) > 1.9 * 4 * 512e7
 
 
 def test_the_matrix_is_the_least_that_is_needed() -> None:
@@ -38,7 +40,7 @@ def test_the_matrix_is_the_least_that_is_needed() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are in kilobytes on Linux")
 def test_the_estimate_is_what_a_fit_takes() -> None:
     done = subprocess.run([sys.executable, "-c", FIT], capture_output=True, text=True, check=True)
-    taken, estimated = int(done.stdout), estimate_memory(120_000, 384, 10)
+    taken, estimated = int(done.stdout), estimate_memory(80_000, 256, 4)
     assert 0.6 * estimated < taken < 1.5 * estimated
 
 

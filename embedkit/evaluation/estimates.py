@@ -10,11 +10,12 @@ log = logging.getLogger("embedkit")
 
 # Bytes for each number of the training matrix, beside the 4 of the matrix itself. Logistic regression keeps the rows
 # once more in the coordinates in which it solves, k-NN at length 1. LIBLINEAR takes float64 and writes a sparse copy of
-# 16 bytes a number. Linear discriminants and their covariances are computed in float64.
+# 16 bytes a number. Linear discriminants and their covariances are computed in float64. Ridge regression and class
+# means go through the rows in blocks.
 _COPIES = {"logistic": 4, "knn": 4, "mlp": 4, "svm": 24, "lda": 16, "ridge": 0, "mean": 0}
 _BLOCK = 8192  # Rows that are worked on at a time.
 _PAIRS = 20  # Of steps and gradients that L-BFGS remembers.
-_STREAMED = ("ridge", "mean")
+_LEAN = ("ridge", "mean")
 
 
 def estimate_memory(n: int, d: int, c: int, *, head: str = "logistic", tested: int = 0) -> int:
@@ -40,8 +41,7 @@ def estimate_memory(n: int, d: int, c: int, *, head: str = "logistic", tested: i
     >>> round(estimate_memory(1_000_000, 768, 1000, tested=50_000) / 1e9, 1)
     6.8
     """
-    rows = _BLOCK if head in _STREAMED else n
-    matrices = (4 + _COPIES.get(head, 8)) * rows * d + 4 * tested * (d + c)
+    matrices = (4 + _COPIES.get(head, 8)) * n * d + 4 * tested * (d + c)
     blocks = 2 * 4 * min(n, _BLOCK) * (d + c)
     square = 3 * 8 * min(n, d) ** 2 if head in ("logistic", "ridge", "lda") else 0
     weights = 4 * (d + 1) * c * (2 * _PAIRS + 6 if head == "logistic" else 4)
@@ -69,10 +69,10 @@ def warn_of_memory(
     needed = estimate_memory(n, d, c, head=head, tested=tested)
     if free is None or needed <= free:
         return False
-    lean = min(_STREAMED, key=lambda other: estimate_memory(n, d, c, head=other, tested=tested))
     helps = ["fewer rows (embedkit select, --shots)", "a narrower layer"]
-    if head not in _STREAMED and estimate_memory(n, d, c, head=lean, tested=tested) <= free:
-        helps.insert(0, "--head ridge or --head mean, which read the store block by block")
+    if head not in _LEAN and max(estimate_memory(n, d, c, head=lean, tested=tested) for lean in _LEAN) <= free:
+        helps.insert(0, "--head ridge or --head mean, which copy no rows")
+    helps.append("in Python embedkit.heads.stream_ridge, which never holds the rows")
     log.warning(
         "%s rows x %s with %s classes need about %.1f GB of memory for the head %s, and %.1f GB are available: this "
         "may be very slow, or be ended by the system; what helps: %s",

@@ -55,7 +55,7 @@ def read(path: str, rows: int | None, folds: int) -> tuple[Array, Array, Folds, 
     return x, store.labels[train], chosen, queries, store.labels[test]
 
 
-def embedkit(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+def ours(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
     from embedkit.heads import logistic_regression, sweep_logistic
 
     scores, losses = np.zeros(len(GRID)), []
@@ -70,7 +70,7 @@ def embedkit(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array]
     return head.predict, {"C": C, "scores": scores.round(5).tolist(), "not_converged": losses}
 
 
-def sklearn(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+def scikit_learn(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
     from sklearn.linear_model import LogisticRegressionCV
 
     head = LogisticRegressionCV(Cs=GRID, cv=folds, max_iter=1000, scoring="accuracy", l1_ratios=(0,)).fit(x, y)
@@ -116,8 +116,9 @@ def clip(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], di
 
     def judge(place: int) -> None:
         if 0 <= place < 97 and place not in scores:
+            layer = fitted(kept, float(decays[place]))
             with torch.no_grad():
-                right = fitted(kept, float(decays[place]))(unit[held]).argmax(dim=1) == codes[held]
+                right = layer(unit[held]).argmax(dim=1) == codes[held]
             scores[place] = float(right.float().mean())
 
     for place in range(0, 97, 16):
@@ -138,11 +139,18 @@ def clip(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], di
     return predict, {"weight_decay": float(decays[best]), "fits": len(scores) + 1, "scores": [scores[best]]}
 
 
-SIDES = {"embedkit": embedkit, "sklearn": sklearn, "dinov2": dinov2, "clip": clip}
+SIDES = {"embedkit": ours, "sklearn": scikit_learn, "dinov2": dinov2, "clip": clip}
 
 
 def measure(side: str, path: str, rows: int | None, folds: int) -> dict[str, Any]:
     """Run one side in this process."""
+    import sklearn.linear_model
+    import torch
+
+    import embedkit.heads
+
+    assert embedkit.heads.HEADS and sklearn.linear_model.LogisticRegressionCV  # Imported before the clock starts.
+    threads = torch.get_num_threads()
     x, y, chosen, queries, truth = read(path, rows, folds)
     resting = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     wall, processor = time.perf_counter(), time.process_time()
@@ -155,7 +163,7 @@ def measure(side: str, path: str, rows: int | None, folds: int) -> dict[str, Any
     matrix = {"rows": len(x), "dim": x.shape[1], "classes": len(np.unique(y)), "matrix_bytes": x.nbytes}
     return {
         "side": side, "seconds": wall, "processor_seconds": processor, "peak_bytes": peak, "resting_bytes": resting,
-        "test_top1": accuracy, **matrix, **told,
+        "test_top1": accuracy, "threads": threads, **matrix, **told,
     }  # fmt: skip
 
 
@@ -171,24 +179,24 @@ def main() -> None:
         print(json.dumps(measure(options.side, options.store, options.rows, options.folds)))
         return
     print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
-    ours: dict[str, Any] = {}
+    first: dict[str, Any] = {}
     for side in ("embedkit", *filter(None, options.peers.split(","))):
         command = [sys.executable, __file__, options.store, "--folds", str(options.folds), "--side", side]
         command += [] if options.rows is None else ["--rows", str(options.rows)]
         told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        ours = ours or told
+        first = first or told
         if side == "embedkit":
             print(
                 f"{told['rows']} rows x {told['dim']}, {told['classes']} classes, {told['matrix_bytes'] / 1e6:.0f} MB"
             )
         ratios = (
-            f"{told['seconds'] / ours['seconds']:6.1f}x {told['processor_seconds'] / ours['processor_seconds']:6.1f}x"
+            f"{told['seconds'] / first['seconds']:6.1f}x {told['processor_seconds'] / first['processor_seconds']:6.1f}x"
         )
         choice = f"C {told['C']:.3g}" if "C" in told else f"weight decay {told['weight_decay']:.3g}"
-        above = (told["peak_bytes"] - told["resting_bytes"]) / told["matrix_bytes"]
+        above = (told["peak_bytes"] - told["resting_bytes"]) / 1e6
         print(
             f"{side:<9}{told['seconds']:8.1f} s {told['processor_seconds']:8.1f} cpu s {ratios}  peak "
-            f"{told['peak_bytes'] / 1e6:6.0f} MB ({above:4.1f} matrices above the rows)  {choice:<22}"
+            f"{told['peak_bytes'] / 1e6:6.0f} MB, {above:5.0f} MB above the rows  {choice:<22}"
             f"test top1 {told['test_top1']:.4f}",
             flush=True,
         )

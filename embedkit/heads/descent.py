@@ -172,6 +172,8 @@ def _descend(
             pairs.clear()
             continue
         new_point, (new_value, new_gradient, norm) = found
+        if torch.equal(new_point, point):  # float32 has no point between.
+            return point, norm, iteration
         _remember(pairs, new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
     return point, norm, max_iter
@@ -185,7 +187,10 @@ def _search(
     for _ in range(LINE_TRIES):
         new_point = point - length * step
         found = evaluate(new_point)
-        if found[0] <= value + ARMIJO * length * slope + ROUNDING * abs(value):
+        lower = found[0] <= value + ARMIJO * length * slope
+        # Where losses differ by rounding only, the slope tells whether the minimum was overshot (Hager and Zhang).
+        close = found[0] <= value + ROUNDING * abs(value) and -_dot(found[1], step) <= 0.8 * abs(slope)
+        if lower or close:
             return new_point, found
         # The minimum of the parabola through both values and the slope, within bounds.
         bow = found[0] - value - length * slope

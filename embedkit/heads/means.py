@@ -78,7 +78,7 @@ class MeanHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _add(self, rows: Array, labels: Array) -> MeanHead:
         codes = np.searchsorted(self.classes_, labels).clip(max=len(self.classes_) - 1)
         if (strange := self.classes_[codes] != labels).any():
-            raise EvaluationError(f"the label {labels[strange][0]!r} is not among the classes")
+            raise EvaluationError(f"the label {labels[strange].tolist()[0]!r} is not among the classes")
         for start in range(0, len(rows), ROWS):
             np.add.at(self.sums_, codes[start : start + ROWS], normalize(rows[start : start + ROWS]))
         return self

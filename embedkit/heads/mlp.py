@@ -15,7 +15,7 @@ from embedkit.heads.devices import require_device
 from embedkit.heads.labels import encode
 
 Array = npt.NDArray[Any]
-LEAST_STEPS = 600  # Small training sets are seen more often than `epochs` times.
+LEAST_STEPS = 200  # Small training sets are seen more often than `epochs` times.
 
 
 class _MLP(BaseEstimator):  # type: ignore[misc]
@@ -74,7 +74,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
                 hidden = torch.addmm(parameters[1], x, parameters[0]).relu()
                 logits = torch.addmm(parameters[3], hidden, parameters[2])
                 optimiser.zero_grad()
-                measures[loss](logits, torch.as_tensor(targets[chosen], device=self.device)).backward()
+                measures[loss](logits, torch.as_tensor(targets[chosen], device=self.device)).backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 schedule.step()
         arrays = [parameter.detach().cpu().numpy() for parameter in parameters]
@@ -110,7 +110,7 @@ class MLPHead(ClassifierMixin, _MLP):  # type: ignore[misc]
     learning_rate : float, default 1e-3
         At first; it falls to 0 as a cosine.
     epochs : int, default 30
-        How often rows are seen; more often where that makes fewer than 600 steps.
+        How often rows are seen; more often where that makes fewer than 200 steps.
     batch_size : int, default 256
         Rows of a step.
     random_state : int, default 0

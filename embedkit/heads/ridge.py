@@ -258,7 +258,9 @@ def stream_ridge(
         for x, labels in blocks:
             codes = known.codes_of(np.asarray(labels))
             if (codes < 0).any():
-                raise EvaluationError(f"the label {np.asarray(labels)[codes < 0][0]!r} is not among the classes")
+                raise EvaluationError(
+                    f"the label {np.asarray(labels)[codes < 0].tolist()[0]!r} is not among the classes"
+                )
             yield np.asarray(x), Labels(known.classes, codes).signs()
 
     for regularisation in regularisations:

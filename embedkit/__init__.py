@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         StoreFormatError,
         StoreNotFoundError,
     )
-    from embedkit.evaluation import Report, probe
+    from embedkit.evaluation import Report, compare, comparison_table, probe
     from embedkit.extraction import estimate, extract
     from embedkit.index import Index, cluster, find_duplicates, find_outliers, retrieval_report
     from embedkit.sources import list_images
@@ -53,6 +53,8 @@ __all__ = [
     "StoreNotFoundError",
     "__version__",
     "cluster",
+    "compare",
+    "comparison_table",
     "estimate",
     "extract",
     "find_duplicates",
@@ -71,6 +73,8 @@ _ROOMS = {
     "Report": "evaluation",
     "Store": "store",
     "cluster": "index",
+    "compare": "evaluation",
+    "comparison_table": "evaluation",
     "estimate": "extraction",
     "extract": "extraction",
     "find_duplicates": "index",

@@ -43,21 +43,31 @@ def weights(shared_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON sidecar of a small network with random weights."""
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "tiny.json", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON sidecar of the same small network with other random weights."""
+    return write_backbone(tmp_path_factory.mktemp("other") / "other.json", seed=1)
+
+
+def write_backbone(path: Path, seed: int) -> Path:
+    """Write a small network with random weights, and the JSON sidecar that says how it is used."""
     import torch
     from safetensors.torch import save_file
 
     from embedkit.backbones import import_timm
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = import_timm().create_model("test_resnet", num_classes=10)
-    folder = tmp_path_factory.mktemp("backbone")
-    save_file(model.state_dict(), folder / "tiny.safetensors")
+    save_file(model.state_dict(), path.with_suffix(".safetensors"))
     config = {
         "input_size": [3, 64, 64], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "interpolation": "bilinear",
         "crop_pct": 0.9, "crop_mode": "center", "num_classes": 10,
     }  # fmt: skip
-    (folder / "tiny.json").write_text(json.dumps({"timm_architecture": "test_resnet", "pretrained_cfg": config}))
-    return folder / "tiny.json"
+    path.write_text(json.dumps({"timm_architecture": "test_resnet", "pretrained_cfg": config}))
+    return path
 
 
 @pytest.fixture(scope="session")

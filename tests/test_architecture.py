@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "machine": set(),
     "spec": {"errors"},
     "images": {"errors", "spec"},
     "sources": {"errors", "text", "images"},
@@ -25,8 +26,12 @@ MAY_IMPORT = {
     "extraction": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "heads": {"errors", "spec", "store", "index"},
-    "evaluation": {"errors", "spec", "text", "images", "backbones", "store", "extraction", "index", "heads"},
-    "diagnosis": {"errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads"},
+    "evaluation": {
+        "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads", "machine",
+    },
+    "diagnosis": {
+        "errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads", "machine",
+    },
     "cli": {
         "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
         "evaluation", "diagnosis",
@@ -53,6 +58,7 @@ ONLY_USER = {
     "threadpoolctl": "diagnosis",
     "click": "cli",
     "tqdm": "cli",
+    "yaml": "evaluation",
 }
 
 

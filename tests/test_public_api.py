@@ -32,6 +32,8 @@ def test_the_public_names_are_exactly_these() -> None:
         "StoreNotFoundError",
         "__version__",
         "cluster",
+        "compare",
+        "comparison_table",
         "estimate",
         "extract",
         "find_duplicates",

@@ -8,6 +8,7 @@ from embedkit.backbones.backbone import Backbone
 from embedkit.backbones.catalogue import ModelInfo, list_models
 from embedkit.backbones.choosing import Choice, Trial
 from embedkit.backbones.engines import ENGINES, Engine
+from embedkit.backbones.presets import find_differences, log_differences
 from embedkit.backbones.streaming import Batch, Seconds, Steps, in_batches, stream, usable_processors
 from embedkit.backbones.timm_import import import_timm
 
@@ -22,9 +23,11 @@ __all__ = [
     "Steps",
     "Trial",
     "device_names",
+    "find_differences",
     "import_timm",
     "in_batches",
     "list_models",
+    "log_differences",
     "stream",
     "usable_processors",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 
 from embedkit.backbones.engines import DTYPES
 from embedkit.backbones.network import check_views
+from embedkit.backbones.presets import PRESETS
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
 from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS, TRUNCATED
@@ -19,9 +20,14 @@ from embedkit.spec import EmbeddingSpec, Preprocessing
 PRECISIONS = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
-def check_choices(decode: str, precision: str, views: Sequence[str], truncated: str, max_pixels: int) -> None:
+def check_choices(
+    decode: str, precision: str, views: Sequence[str], truncated: str, preset: str, max_pixels: int
+) -> None:
     """Raise BackboneError unless these are things that a backbone can do."""
-    choices = (("decode", decode, DECODERS), ("precision", precision, DTYPES), ("truncated", truncated, TRUNCATED))
+    choices = (
+        ("decode", decode, DECODERS), ("precision", precision, DTYPES), ("truncated", truncated, TRUNCATED),
+        ("preset", preset, PRESETS),
+    )  # fmt: skip
     for name, value, known in choices:
         if value not in known:
             raise BackboneError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
@@ -128,7 +134,9 @@ def _are(count: int) -> str:
     return f"{'is' if count == 1 else 'are'} {count or 'no'} GPU{'s' * (count != 1)}"
 
 
-def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], decode: str, **reading: Any) -> Preprocessing:
+def preprocessing_of(
+    network: nn.Module, size: tuple[int, int] | None, overrides: Mapping[str, Any], decode: str, **reading: Any
+) -> Preprocessing:
     """Return the preprocessing that the weights were trained with, the facts that were overridden, how files are read.
 
     `reading` holds the fields of a Preprocessing that no network decides: exif, icc and truncated.
@@ -137,6 +145,8 @@ def preprocessing_of(network: nn.Module, overrides: Mapping[str, Any], decode: s
     for name in ("mean", "std"):
         if name in arguments and len(arguments[name]) not in (1, 3):
             raise BackboneError(f"--{name} takes one number or three, got {len(arguments[name])}")
+    if size is not None:
+        arguments["input_size"] = (3, *size)
     config = import_timm().data.resolve_model_data_config(network, args=arguments)
     channels, height, width = config["input_size"]
     if channels != 3:

@@ -23,6 +23,7 @@ from embedkit.backbones.network import whole_size
 from embedkit.backbones.nvjpeg import nvjpeg_decoder
 from embedkit.backbones.passes import Passes, finite
 from embedkit.backbones.pooling import whole_name
+from embedkit.backbones.presets import apply_preset
 from embedkit.backbones.reading import Reader
 from embedkit.backbones.streaming import embed_many, is_one_image, with_threads
 from embedkit.errors import BackboneError
@@ -73,6 +74,7 @@ class Backbone:
         decode: str = "standard",
         precision: str = "fp32",
         views: Sequence[str] = (),
+        preset: str = "default",
         device: str = "auto",
     ) -> Backbone:
         """Load a backbone.
@@ -113,6 +115,9 @@ class Backbone:
         views : sequence of str, optional
             More views of each image, whose embeddings are averaged with that of the plain one: ``flip`` for its mirror
             image, ``five-crop`` for the four corners, ``scale:0.7`` for a smaller one.
+        preset : {"default", "published"}, default "default"
+            What holds where nothing else is given: what timm says, or for DINO, DINOv2, MAE and OpenAI's CLIP what
+            their published numbers were measured with.
         device : str, default "auto"
             "auto" takes the first GPU, otherwise the processor; any torch device is taken at its word.
 
@@ -134,23 +139,23 @@ class Backbone:
         >>> backbone.embed("query.jpg").shape  # doctest: +SKIP
         (384,)
         """
-        given.check_choices(decode, precision, views, truncated, max_pixels)
+        given.check_choices(decode, precision, views, truncated, preset, max_pixels)
         source = resolve(os.fspath(model), arch, arch_kwargs)
-        size = given.image_size(img_size)
-        network = build(source, size)
-        overrides: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-        overrides |= {"mean": mean, "std": std, "input_size": None if size is None else (3, *size)}
+        facts: dict[str, Any] = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation}
+        facts, kwargs = apply_preset(preset, source.arch, facts, arch_kwargs or {})
+        size = given.image_size(facts.pop("img_size"))
+        network = build(source := replace(source, arch_kwargs={**source.arch_kwargs, **kwargs}), size)
+        facts |= {"crop_mode": crop_mode, "mean": mean, "std": std}
         backbone = cls.__new__(cls)
         backbone.device = given.usable_device(device)
-        preprocessing = given.preprocessing_of(network, overrides, decode, exif=exif, icc=icc, truncated=truncated)
+        preprocessing = given.preprocessing_of(network, size, facts, decode, exif=exif, icc=icc, truncated=truncated)
         resizer = nvjpeg_decoder(backbone.device, preprocessing) if decode == "gpu" else None
         backbone._reader = Reader(whole_size(preprocessing, views), max_pixels, resizer)
         pool = whole_name(network, pool)
         backbone._set_up(network.eval().requires_grad_(False), preprocessing, pool, source, precision, tuple(views))
         where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
         backbone.recipe = given.without_defaults(
-            model=where, arch=arch, arch_kwargs=dict(arch_kwargs or {}), img_size=size, crop_pct=crop_pct,
-            crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std, pool=pool, exif=exif, icc=icc,
+            model=where, arch=arch, arch_kwargs=kwargs, img_size=size, **facts, pool=pool, exif=exif, icc=icc,
             truncated=truncated, decode=decode, precision=precision, views=tuple(views),
         )  # fmt: skip
         return backbone
@@ -215,12 +220,7 @@ class Backbone:
         if "five-crop" in views and crop_size == preprocessing.img_size:
             raise BackboneError("five-crop needs a crop smaller than the image: --crop-pct below 1, such as 0.875")
         self._passes = Passes(network, self.device, preprocessing, crop_size, views, precision)
-        try:
-            dim, tokens = self._passes.width(pool)
-        except (RuntimeError, AssertionError) as error:
-            raise BackboneError(
-                f"{source.arch} cannot embed {preprocessing.img_size[0]} x {preprocessing.img_size[1]} pixels: {error}"
-            ) from error
+        dim, tokens = self._passes.first_width(pool, source.arch)
         self.spec = EmbeddingSpec(
             backbone=str(config.get("architecture") or source.arch.partition(".")[0]),
             tag="" if source.weights else str(config.get("tag") or ""),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from embedkit.backbones.pooling import Taps, pooled
 from embedkit.spec import Preprocessing
+
+if TYPE_CHECKING:
+    from embedkit.backbones.backbone import Backbone
 
 
 class Network(nn.Module):
@@ -105,3 +108,8 @@ def _cut(x: Tensor, size: tuple[int, int], where: str) -> Tensor:
     top = round(down / 2) if where == "center" else down * where.startswith("bottom")
     left = round(right / 2) if where == "center" else right * where.endswith("right")
     return x[:, :, top : top + size[0], left : left + size[1]]
+
+
+def count_parameters(backbone: Backbone) -> int:
+    """Return how many trained numbers a backbone has, without the classifier that it was trained with."""
+    return sum(parameter.numel() for parameter in backbone._passes.model.parameters())

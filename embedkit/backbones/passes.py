@@ -56,6 +56,14 @@ class Passes:
         """Return the engine that needs no choosing."""
         return built(self.network(pools), "eager", 32, self.precision)
 
+    def first_width(self, pool: str, arch: str) -> tuple[int, int]:
+        """Return what `width` returns, or say that this architecture takes no images of this size."""
+        try:
+            return self.width(pool)
+        except (RuntimeError, AssertionError) as error:
+            height, width = self.preprocessing.img_size
+            raise BackboneError(f"{arch} cannot embed {height} x {width} pixels: {error}") from error
+
     def width(self, pool: str) -> tuple[int, int]:
         """Return the width of a row, and how many tokens it holds when it is not pooled."""
         if pool not in self._widths:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from embedkit.cli import printing
-from embedkit.cli.options import FILE, json_option, layer_option, quiet_option
+from embedkit.cli.options import FILE, json_option, quiet_option
 
 
 @click.command()
@@ -31,45 +31,6 @@ def info(store: Path, failures: bool, as_csv: bool, as_json: bool) -> None:
         printing.failure_table(opened, as_json=as_json, as_csv=as_csv)
     else:
         click.echo(json.dumps(opened.summary()) if as_json else printing.info_text(opened))
-
-
-@click.command()
-@click.argument("train", type=FILE)
-@click.argument("test", type=FILE, required=False)
-@click.option("--split", type=FILE, help="CSV with the columns path and split (and perhaps label), for one store.")
-@click.option("--train-split", default="train", show_default=True, help="What --split calls the rows to fit.")
-@click.option("--test-split", help="What it calls the rows to score.  [default: test, else val]")
-@layer_option
-@click.option("--protocol", default="default", show_default=True, help="How to fit and score.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the held-out part and the bootstrap.")
-@json_option
-@quiet_option
-def probe(
-    train: Path,
-    test: Path | None,
-    split: Path | None,
-    train_split: str,
-    test_split: str | None,
-    layer: str | None,
-    protocol: str,
-    seed: int,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Fit a linear probe and a k-NN on the store TRAIN and score them on the store TEST.
-
-    With --split, one store is both. Hyper-parameters are chosen on a held-out part of the training rows; the test
-    rows are scored once.
-    """
-    from embedkit.evaluation import probe as probe_stores
-    from embedkit.store import Store
-
-    other = None if test is None else Store.open(test, layer=layer)
-    report = probe_stores(
-        Store.open(train, layer=layer), other, split=split, protocol=protocol, seed=seed, train_split=train_split,
-        test_split=test_split, progress=lambda line: printing.notice(line, quiet),
-    )  # fmt: skip
-    click.echo(json.dumps(report.to_dict()) if as_json else report.to_text())
 
 
 @click.command()

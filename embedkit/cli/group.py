@@ -13,11 +13,14 @@ from typing import Any
 import click
 
 from embedkit import __version__
-from embedkit.cli.commands import info, models, probe
+from embedkit.cli.benching import bench
+from embedkit.cli.commands import info, models
 from embedkit.cli.diagnosis import doctor
 from embedkit.cli.duplicates import dedupe
 from embedkit.cli.extraction import extract
+from embedkit.cli.predicting import predict
 from embedkit.cli.printing import NoticeHandler, error_lines
+from embedkit.cli.probing import probe
 from embedkit.cli.searching import build_index, search
 from embedkit.cli.stores import export_store, import_store, merge, select, status, verify
 from embedkit.cli.structure import cluster_store, outliers, retrieve
@@ -78,6 +81,6 @@ def main() -> None:
 
 for _command in (
     extract, info, status, verify, merge, select, export_store, import_store, build_index, search, dedupe, retrieve,
-    outliers, cluster_store, probe, models, doctor,
+    outliers, cluster_store, probe, predict, bench, models, doctor,
 ):  # fmt: skip
     main.add_command(_command)

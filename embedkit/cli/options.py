@@ -123,6 +123,10 @@ _BACKBONE_OPTIONS = [
         "--img-size", type=_Numbers(int), callback=_img_size, metavar="PIXELS",
         help="Side of the crop, or HEIGHT,WIDTH.",
     ),
+    click.option(
+        "--preset", type=click.Choice(["default", "published"]), default="default", show_default=True,
+        help="Where no option says otherwise: timm's preprocessing, or that of the published numbers.",
+    ),
     click.option("--crop-pct", type=float, help="Share of the resized image that the crop keeps."),
     click.option("--crop-mode", help="center, squash or border."),
     click.option("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming."),
@@ -194,6 +198,7 @@ _SOURCE_OPTIONS = [
 ]  # fmt: skip
 
 NAMES = _Names()
+NUMBERS = _Numbers(int)
 COUNT_OR_SHARE = _CountOrShare()
 
 device_option = click.option(

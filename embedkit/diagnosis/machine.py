@@ -10,42 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embedkit.diagnosis.findings import FAIL, OK, WARN, Finding, gigabytes
+from embedkit.machine import available_memory
 
 _LEAST_MEMORY, _LEAST_FILES = 2e9, 256
 
 
 def memory() -> Iterator[Finding]:
     """Find how much memory is available."""
-    free = _available()
+    free = available_memory()
     if free is None:
         yield Finding("memory", OK, "this system does not say what is available")
         return
     little = free < _LEAST_MEMORY
     advice = "large networks and photographs need more: close other programs, or give extract -j 1 and -b 1"
     yield Finding("memory", WARN if little else OK, f"{gigabytes(free)} available", advice if little else "")
-
-
-def _available() -> float | None:
-    """Return the bytes that a process may still take: of the system, and of its container."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError, IndexError):
-        pass
-    for folder, limit, used in (
-        ("", "memory.max", "memory.current"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        group = Path("/sys/fs/cgroup", folder)
-        try:
-            most, taken = (int((group / name).read_text(encoding="ascii")) for name in (limit, used))
-            facts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        except (OSError, ValueError):  # No container, or "max".
-            continue
-        # Files that were read are kept only while nobody needs the room.
-        found.append(max(0, most - taken + int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))))
-    return min(found) if found else None
 
 
 def open_files() -> Iterator[Finding]:

@@ -1,50 +1,40 @@
-"""Probing: frozen embeddings scored by a linear head and by their nearest neighbours."""
+"""Probing: how well something can be read off frozen embeddings, by a named protocol."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from embedkit import __version__
+from embedkit.backbones import log_differences
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.metrics import bootstrap_interval, class_accuracies, confusion_matrix
+from embedkit.evaluation.estimates import warn_of_memory
+from embedkit.evaluation.fitted import FittedHead
+from embedkit.evaluation.leaks import THRESHOLD, Leaks, find_leaks
+from embedkit.evaluation.outcomes import Job, Outcome, measure_folds, measure_once, measure_shots
+from embedkit.evaluation.protocols import Protocol, find_protocol
 from embedkit.evaluation.reports import Report
-from embedkit.evaluation.splits import Part, Split, split_store, whole_store
-from embedkit.heads import C_GRID, WeightedKNN, fit_logistic
+from embedkit.evaluation.splits import TASKS, Part, Split, split_store, training_part, whole_store
+from embedkit.evaluation.suspects import small_classes
+from embedkit.evaluation.targets import Training, find_truth, fitted_labels, training_targets
 from embedkit.store import Store
+from embedkit.text import counted, printable
 
-# Beyond this, the matrix would outweigh the embeddings, and nobody reads a JSON file of it.
-CONFUSION_CLASSES = 2000
+# Of few-shot runs where nobody said how many; one draw of a few rows tells little.
+FEW_SHOT_SEEDS = 5
+
+# Multiplications that looking for pictures that are alike may cost: a minute or two of two processors.
+MOST_PRODUCTS = 2e12
 
 Progress = Callable[[str], None]
 StoreLike = Store | str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """The choices that make two probes comparable.
-
-    Parameters
-    ----------
-    C_grid : tuple of float
-        Penalties of the linear head to choose from.
-    fraction : float
-        Share of the training rows on which they are compared.
-    k, temperature
-        Of the k-NN head.
-    """
-
-    C_grid: tuple[float, ...] = C_GRID
-    fraction: float = 0.2
-    k: int = 20
-    temperature: float = 0.07
-
-
-PROTOCOLS = {"default": Protocol()}
 
 
 def probe(
@@ -53,30 +43,51 @@ def probe(
     *,
     split: str | os.PathLike[str] | None = None,
     protocol: str = "default",
+    head: Any = None,
+    shots: int | Sequence[int] | None = None,
+    seeds: int | None = None,
+    folds: int | None = None,
+    target: str = "class",
+    drop_leaks: bool = False,
     seed: int = 0,
     train_split: str = "train",
     test_split: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure how well a class can be read off frozen embeddings.
+    """Measure how well something can be read off frozen embeddings.
 
-    Two heads are fitted to the training rows and scored on the test rows: logistic regression on standardised
-    embeddings, its penalty chosen on held-out training rows, and DINO's weighted k-NN. Test rows influence nothing
-    but the score.
+    A head is fitted to the training rows by a protocol and scored on the test rows. Whatever is chosen, is chosen on
+    held-out training rows; byte-identical pictures are never on both sides of them. Test rows influence nothing but
+    the score.
 
     Parameters
     ----------
     train : Store or path-like
-        The store to train on; with `split`, the store of both parts.
+        The store to train on; with `split`, the store of both parts. ``Store.open(path, layer=...)`` probes a layer.
     test : Store or path-like, optional
         The store to test on. Classes are matched by name.
     split : path-like, optional
         Instead of `test`: a CSV file with the columns path (an id of the store) and split, and optionally label, which
-        then wins over the store's labels.
+        then wins over the store's labels, and target, a number.
     protocol : str, default "default"
         Name of one of `PROTOCOLS`.
+    head : str or estimator, optional
+        What takes the place of logistic regression in the default protocol: one of `embedkit.heads.HEADS`, or any
+        estimator with scikit-learn's interface. The estimator that is passed in stays as it is.
+    shots : int or sequence of int, optional
+        Train on so many rows of each class only, drawn by seed; each number gives a line of the report.
+    seeds : int, optional
+        How many draws of few-shot rows to average over, from `seed` on; by default the protocol's number, or 5.
+    folds : int, optional
+        Cross-validate `train`, or its part `train_split` of the split file, in place of a test part: every row is
+        scored by the head of the other folds.
+    target : str, default "class"
+        What is read off: "class"; "multi-label", class names with ``;`` between the labels of an image; or
+        "regression", the numbers of the split file's column target.
+    drop_leaks : bool, default False
+        Whether to leave out training rows that show a picture of the test part. They are counted in any case.
     seed : int, default 0
-        Draws the held-out rows and the bootstrap.
+        Draws the held-out rows, folds, shots and the bootstrap.
     train_split : str, default "train"
         Which part of the split file to train on.
     test_split : str, optional
@@ -87,13 +98,14 @@ def probe(
     Returns
     -------
     Report
-        Metrics, parameters, inputs, and the fitted linear head.
+        Metrics, parameters, inputs, predictions, and the fitted head. `embedkit.evaluation.compare` says whether two
+        reports differ by more than chance.
 
     Raises
     ------
     EvaluationError
         When labels, rows or files are missing or contradict each other, embeddings are not finite, fewer than two
-        classes are trained on, or the protocol is unknown.
+        classes are trained on, or options exclude each other.
     SpecMismatchError
         When the two stores were embedded differently.
 
@@ -116,22 +128,109 @@ def probe(
     (1.0, [[2, 0], [0, 2]])
     >>> folder.cleanup()
     """
-    if protocol not in PROTOCOLS:
-        raise EvaluationError(f"there is no protocol {protocol!r}; known: {', '.join(map(repr, sorted(PROTOCOLS)))}")
-    if seed < 0:
-        raise EvaluationError(f"the seed must not be negative; got {seed}")
-    if (test is None) == (split is None):
-        found = "neither" if test is None else "both"
-        raise EvaluationError(f"a probe needs a test store or a split file, one of the two; got {found}")
-    left_out: dict[str, Any] = {"not_in_split": 0, "other_splits": {}}
-    if test is not None:
-        train_store, test_store = _opened(train), _opened(test)
-        train_store.spec.require_same(test_store.spec, "cannot probe: train and test were embedded differently")
-        trained, tested = whole_store(train_store), whole_store(test_store)
-    elif split is not None:
-        trained, tested, left_out = split_store(_opened(train), Split.read(split), train_split, test_split)
+    recipe = find_protocol(protocol, head)
+    options = _Options.checked(recipe, protocol, test, split, shots, seeds, folds, target, seed)
+    say = progress or _silent
+    trained, tested, left_out = _parts(train, test, split, (train_split, test_split), options)
+    log_differences(trained.store.spec, trained.store.recipe)
+    leaks = None if folds else _leaks_of(trained, tested, say)
+    if leaks is not None and drop_leaks:
+        trained = trained.take(np.delete(np.arange(len(trained.rows)), leaks.drop))
     inputs = _inputs(trained, tested, left_out, split)
-    return _score(trained, tested, inputs, protocol, seed, progress or _silent)
+    if leaks is not None:
+        inputs["leaks"] = {**leaks.summary(), "dropped": len(leaks.drop) if drop_leaks else 0}
+    _warn(trained, tested, recipe, options, say)
+    say(f"reading {len(trained.rows)} training and {len(tested.rows)} test rows")
+    rows = Training(trained.embeddings(), training_targets(trained), target, trained.groups())
+    labels = fitted_labels(trained) if target == "multi-label" else []
+    job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say)
+    outcome = _measure(job, tested, options)
+    parameters = {
+        "protocol": protocol, "protocol_version": recipe.version, "task": target, "seed": seed, **recipe.settings(),
+        **outcome.choice, **options.told(),
+    }  # fmt: skip
+    if "k" in parameters:
+        parameters["k"] = min(parameters["k"], len(rows.x))
+    return Report(
+        metrics=outcome.metrics,
+        parameters=parameters,
+        inputs=inputs,
+        classes=job.truth.classes,
+        predictions={"ids": np.array([tested.store.ids[row] for row in tested.rows]), **outcome.predictions},
+        head=_fitted_head(outcome.estimator, job, trained, parameters),
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How to score, after checking that it makes sense together."""
+
+    target: str
+    shots: tuple[int, ...]
+    seeds: int
+    folds: int | None
+
+    @classmethod
+    def checked(
+        cls, recipe: Protocol, name: str, test: Any, split: Any, shots: int | Sequence[int] | None, seeds: int | None,
+        folds: int | None, target: str, seed: int,
+    ) -> _Options:  # fmt: skip
+        if seed < 0:
+            raise EvaluationError(f"the seed must not be negative; got {seed}")
+        if target not in TASKS:
+            raise EvaluationError(f"there is no target {target!r}; known: {', '.join(map(repr, TASKS))}")
+        if target not in recipe.tasks:
+            raise EvaluationError(f"the protocol {name!r} is for classes; {target} goes with 'default'")
+        if folds and test is not None:
+            raise EvaluationError("folds cross-validate one store; leave the test store out, or the folds")
+        if not folds and (test is None) == (split is None):
+            found = "neither" if test is None else "both"
+            raise EvaluationError(
+                f"a probe needs a test store or a split file, one of the two; got {found}; "
+                "folds=5 cross-validates one store"
+            )
+        if folds is not None and folds < 2:
+            raise EvaluationError(f"there must be at least two folds; got {folds}")
+        wanted = recipe.shots if shots is None and not folds else _numbers(shots)
+        if wanted and (folds or target != "class"):
+            raise EvaluationError(f"shots go with classes and without folds; got {'folds' if folds else target}")
+        if seeds is not None and (seeds < 1 or not wanted):
+            raise EvaluationError(f"seeds are draws of few-shot rows, at least one, and go with shots; got {seeds}")
+        return cls(target, wanted, seeds or (recipe.seeds if recipe.shots else FEW_SHOT_SEEDS), folds)
+
+    def told(self) -> dict[str, Any]:
+        """Return what a report says about them."""
+        if self.folds:
+            return {"folds": self.folds}
+        return {"shots": list(self.shots), "seeds": self.seeds} if self.shots else {}
+
+
+def _numbers(shots: int | Sequence[int] | None) -> tuple[int, ...]:
+    numbers = () if shots is None else (shots,) if isinstance(shots, int) else tuple(sorted(set(shots)))
+    if shots is not None and (not numbers or min(numbers) < 1):
+        raise EvaluationError(f"shots are numbers of rows of each class, at least 1; got {shots!r}")
+    return numbers
+
+
+def _parts(
+    train: StoreLike,
+    test: StoreLike | None,
+    split: str | os.PathLike[str] | None,
+    names: tuple[str, str | None],
+    options: _Options,
+) -> tuple[Part, Part, dict[str, Any]]:
+    """Return the rows to train on and those to test on, and what is left out of either."""
+    left_out: dict[str, Any] = {"not_in_split": 0, "other_splits": {}}
+    store = _opened(train)
+    if test is not None:
+        other = _opened(test)
+        store.spec.require_same(other.spec, "cannot probe: train and test were embedded differently")
+        return whole_store(store, options.target), whole_store(other, options.target), left_out
+    parts = None if split is None else Split.read(split)
+    if options.folds or parts is None:
+        part = training_part(store, parts, names[0], options.target)
+        return part, part, left_out
+    return split_store(store, parts, *names, options.target)
 
 
 def _opened(store: StoreLike) -> Store:
@@ -146,71 +245,70 @@ def _inputs(train: Part, test: Part, left_out: dict[str, Any], split: str | os.P
     """Return the facts about what is measured, after refusing a training part of one class."""
     trained, tested = train.summary(), test.summary()
     known = trained["rows_per_class"]
-    if len(known) < 2:
+    least = {"class": 2, "multi-label": 1, "regression": 0}[train.task]
+    if len(known) < least:
+        found = f"are of the class {next(iter(known))!r}" if known else "have no label"
         raise EvaluationError(
-            f"{train.store.path}: all {len(train.rows)} training rows are of the class {next(iter(known))!r}; "
-            "a probe needs at least two classes"
+            f"{train.store.path}: all {len(train.rows)} training rows {found}; a probe needs at least "
+            f"{'two classes' if least > 1 else 'one label'}"
         )
     return {
         "digest": train.store.digest,
         "train": trained,
         "test": tested,
         "split": None if split is None else os.fsdecode(split),
+        "split_sha256": None if split is None else hashlib.sha256(Path(os.fsdecode(split)).read_bytes()).hexdigest(),
         "left_out": left_out,
         "unseen_classes": {name: rows for name, rows in tested["rows_per_class"].items() if name not in known},
+        "software": {"embedkit": __version__, **{name: version(name) for name in ("numpy", "scikit-learn")}},
     }
 
 
-def _score(train: Part, test: Part, inputs: dict[str, Any], protocol: str, seed: int, progress: Progress) -> Report:
-    """Fit both heads to the training part and score them on the test part."""
-    settings = PROTOCOLS[protocol]
-    progress(f"reading {len(train.rows)} training and {len(test.rows)} test rows")
-    x, queries = train.embeddings(), test.embeddings()
-    head, choice = fit_logistic(
-        x, train.names, seed=seed, fraction=settings.fraction, C_grid=settings.C_grid, progress=progress
-    )
-    progress("scoring the linear head and the k-NN head")
-    knn = WeightedKNN(k=settings.k, temperature=settings.temperature).fit(x, train.names)
-    classes = np.unique(np.concatenate([train.names, test.names]))
-    true, linear, nearest = (
-        np.searchsorted(classes, names) for names in (test.names, head.predict(queries), knn.predict(queries))
-    )
-    return Report(
-        metrics=_metrics(true, linear, nearest, classes.tolist(), seed),
-        parameters={
-            "protocol": protocol,
-            "seed": seed,
-            **choice,
-            "C_grid": list(settings.C_grid),
-            "fraction": settings.fraction,
-            "k": min(settings.k, len(x)),
-            "temperature": settings.temperature,
-        },
-        inputs=inputs,
-        classes=classes.tolist(),
-        predictions={
-            "ids": np.array([test.store.ids[row] for row in test.rows]),
-            "true": true,
-            "linear": linear,
-            "knn": nearest,
-        },
-        head=head,
-    )
+def _leaks_of(train: Part, test: Part, progress: Progress) -> Leaks:
+    """Return the pictures that both parts have; those that are only alike where comparing all pairs is affordable."""
+    near = len(train.rows) * len(test.rows) * train.store.dim <= MOST_PRODUCTS
+    leaks = find_leaks(train, test, threshold=THRESHOLD if near else None)
+    for line in leaks.to_text().splitlines() if leaks.pairs else ():
+        progress(line)
+    if not near:
+        progress(
+            f"{len(train.rows):,} x {len(test.rows):,} pairs are too many to look for pictures that are only alike"
+        )
+    return leaks
 
 
-def _metrics(
-    true: npt.NDArray[np.int64],
-    linear: npt.NDArray[np.int64],
-    nearest: npt.NDArray[np.int64],
-    classes: list[str],
-    seed: int,
-) -> dict[str, Any]:
-    c = len(classes)
-    return {
-        "top1": float(np.mean(linear == true)),
-        "top1_interval": bootstrap_interval(linear == true, seed=seed),
-        "knn_top1": float(np.mean(nearest == true)),
-        "knn_top1_interval": bootstrap_interval(nearest == true, seed=seed),
-        "per_class": dict(zip(classes, class_accuracies(true, linear, c), strict=True)),
-        "confusion": confusion_matrix(true, linear, c).tolist() if c <= CONFUSION_CLASSES else None,
+def _warn(trained: Part, tested: Part, recipe: Protocol, options: _Options, progress: Progress) -> None:
+    """Say what makes numbers doubtful or the run impossible, before it begins."""
+    few = small_classes(trained.names) if trained.task == "class" else {}
+    if few:
+        some = ", ".join(f"{printable(name)} ({rows})" for name, rows in list(few.items())[:10])
+        more = f" and {len(few) - 10:,} more" if len(few) > 10 else ""
+        progress(f"{counted(len(few), 'class')} with fewer than 5 training rows: {some}{more}")
+    c = len(np.unique(trained.names)) if trained.task == "class" else max(1, len(fitted_labels(trained)))
+    rows = min(len(trained.rows), max(options.shots) * c) if options.shots else len(trained.rows)
+    warn_of_memory(rows, trained.store.dim, c, head=recipe.head_name, tested=len(tested.rows))
+
+
+def _measure(job: Job, tested: Part, options: _Options) -> Outcome:
+    if options.folds:
+        return measure_folds(job, options.folds)
+    if options.shots:
+        return measure_shots(job, tested.embeddings(), options.shots, options.seeds)
+    return measure_once(job, tested.embeddings())
+
+
+def _fitted_head(estimator: Any, job: Job, trained: Part, parameters: dict[str, Any]) -> FittedHead:
+    """Return the head with what a stranger needs to use it and to know where it comes from."""
+    store, task = trained.store, trained.task
+    classes = job.labels if task == "multi-label" else [] if task == "regression" else estimator.classes_.tolist()
+    information = {
+        "protocol": parameters["protocol"],
+        "head": parameters.get("head"),
+        "chosen": {"C": parameters["C"]} if "C" in parameters else parameters.get("chosen", {}),
+        "seed": parameters["seed"],
+        "digest": store.digest,
+        "content_id": store.content_id,
+        "rows": len(trained.rows),
+        "recipe": store.recipe,
     }
+    return FittedHead(estimator, classes, store.spec, task, information)

@@ -23,6 +23,8 @@ from embedkit.sources import Entry, Listing, content_sha256
 from embedkit.store import Failures, Images, PartWriter, Rows, Run, Update
 from embedkit.store.tables import lookup
 
+_SAMPLE = 16
+
 log = logging.getLogger("embedkit")
 
 
@@ -264,6 +266,20 @@ def read_entry(entry: Entry) -> Data:
         log.debug("reading %s", entry.id, exc_info=True)
         text = " ".join(str(error).split())
         raise ImageError(entry.id, f"{type(error).__name__} while it was read: {text}", "unreadable") from error
+
+
+def sample_crops(files: Sequence[Entry], backbone: Backbone) -> list[npt.NDArray[np.uint8]]:
+    """Return some crops from all over a listing, at least one."""
+    crops: list[npt.NDArray[np.uint8]] = []
+    for number in np.linspace(0, len(files) - 1, min(4 * _SAMPLE, len(files))).astype(int).tolist():
+        try:
+            crops.append(backbone.pixels(read_entry(files[number]), id=files[number].id))
+        except ImageError:
+            continue  # Its reason is found, and kept, when its turn comes.
+        if len(crops) == _SAMPLE:
+            break
+    # Noise will do where no image can be read.
+    return crops or backbone.noise(_SAMPLE)
 
 
 def _rows(batches: Sequence[Batch[_Reading, dict[str, npt.NDArray[np.float32]]]]) -> Rows:

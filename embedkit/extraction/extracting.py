@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.backbones import Backbone, Choice, device_names, in_batches, usable_processors
+from embedkit.backbones import Backbone, Choice, device_names, in_batches, log_differences, usable_processors
 from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.admission import admitted
-from embedkit.extraction.computing import Job, compute, compute_parts, read_entry
+from embedkit.extraction.computing import Job, compute, compute_parts, read_entry, sample_crops
 from embedkit.extraction.devices import compute_on_devices
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
@@ -31,7 +31,6 @@ MAX_LAYERS = 32
 SECONDS_A_PART = 2.0
 MAX_PART_ROWS = 4096
 MAX_PART_BYTES = 64 << 20
-_SAMPLE = 16
 
 log = logging.getLogger("embedkit")
 
@@ -147,6 +146,7 @@ def extract(
         backbone = Backbone.load(backbone, device=devices[0] if devices else "auto")
     _require_kind(backbone, devices)
     _require_sendable(listing, devices)
+    log_differences(backbone.spec, backbone.recipe)
     names = tuple(checked_layers(backbone, layers))
     specs = {layer: backbone.layer_spec(layer) for layer in names}
     information = _information(listing, backbone)
@@ -268,18 +268,10 @@ class _Settling:
 
     def _sample(self) -> list[npt.NDArray[np.uint8]]:
         """Return some crops from all over the listing, and keep what reading one takes."""
-        files, crops = self.listing.files, []
         started = time.perf_counter()
-        for number in np.linspace(0, len(files) - 1, min(4 * _SAMPLE, len(files))).astype(int).tolist():
-            try:
-                crops.append(self.backbone.pixels(read_entry(files[number]), id=files[number].id))
-            except ImageError:
-                continue  # Its reason is found, and kept, when its turn comes.
-            if len(crops) == _SAMPLE:
-                break
-        self._seconds = (time.perf_counter() - started) / max(1, len(crops))
-        # Noise will do where no image can be read.
-        return crops or self.backbone.noise(_SAMPLE)
+        crops = sample_crops(self.listing.files, self.backbone)
+        self._seconds = (time.perf_counter() - started) / len(crops)
+        return crops
 
 
 def _warn_about_dropped(run: Run, update: Update) -> None:

@@ -1,0 +1,206 @@
+"""Times the choice of a penalty beside its peers, in one run, each in a process of its own: seconds, memory, choice.
+
+    python benchmarks/probe_speed.py STORE.h5 [--rows 20000] [--folds 1] [--peers sklearn,clip,dinov2]
+
+The sides see the same standardised float32 rows and the same folds, and try the same 45 values of C, 10^-6 to 10^5:
+
+- embedkit: `embedkit.heads.sweep_logistic` for each fold, and a fit to all rows;
+- sklearn: LogisticRegressionCV with its L-BFGS, 1,000 iterations at most;
+- dinov2: DINOv2's procedure as it is described, with scikit-learn in place of cuML: a LogisticRegression for each C,
+  each from zero, in float64;
+- clip: CLIP_benchmark's linear probe as it is described: rows of length 1, AdamW at a rate of 0.1 falling as a cosine,
+  batches of 512, 10 epochs, 7 weight decays of 97 first and then the neighbours at 8, 4, 2 and 1 steps.
+
+Of each side the wall clock and the processor's seconds are told: on a shared machine only the second can be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit import Store
+
+GRID = [float(C) for C in 10 ** np.linspace(-6, 5, 45)]
+Array = npt.NDArray[Any]
+Folds = list[tuple[Array, Array]]
+
+
+def read(path: str, rows: int | None, folds: int) -> tuple[Array, Array, Folds, Array, Array]:
+    """Return training rows and codes, folds of them, and test rows and codes that nothing is chosen on."""
+    store = Store.open(path)
+    assert store.labels is not None
+    shuffled = np.random.default_rng(0).permutation(len(store))
+    test = np.sort(shuffled[: len(store) // 5][:10000])
+    train = np.sort(shuffled[len(store) // 5 :][:rows])
+    x, queries = store.embeddings[train], store.embeddings[test]
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    scale[scale == 0] = 1
+    for block in (x, queries):
+        block -= mean
+        block /= scale
+    parts = np.random.default_rng(1).permutation(len(x)) % max(folds, 10)
+    chosen = [(np.flatnonzero(parts != part), np.flatnonzero(parts == part)) for part in range(folds)]
+    return x, store.labels[train], chosen, queries, store.labels[test]
+
+
+def ours(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+    from embedkit.heads import logistic_regression, sweep_logistic
+
+    scores, losses = np.zeros(len(GRID)), []
+    for _, held in folds:
+        mask = np.zeros(len(x), dtype=np.bool_)
+        mask[held] = True
+        found, unconverged = sweep_logistic(x, y, mask, GRID, standardise=False, criterion="accuracy")
+        scores += np.array([found[C] for C in GRID]) / len(folds)
+        losses.append(len(unconverged))
+    C = GRID[int(scores.argmax())]
+    head = logistic_regression(C, standardise=False).fit(x, y)
+    return head.predict, {"C": C, "scores": scores.round(5).tolist(), "not_converged": losses}
+
+
+def scikit_learn(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+    from sklearn.linear_model import LogisticRegressionCV
+
+    head = LogisticRegressionCV(Cs=GRID, cv=folds, max_iter=1000, scoring="accuracy", l1_ratios=(0,)).fit(x, y)
+    scores = np.asarray(next(iter(head.scores_.values())) if isinstance(head.scores_, dict) else head.scores_)
+    scores = scores.reshape(len(folds), len(GRID)).mean(axis=0)
+    return head.predict, {"C": float(np.ravel(head.C_)[0]), "scores": scores.round(5).tolist()}
+
+
+def dinov2(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+    from sklearn.linear_model import LogisticRegression
+
+    wide, scores = x.astype(np.float64), []
+    kept, held = folds[0]
+    for C in GRID:
+        head = LogisticRegression(C=C, max_iter=1000).fit(wide[kept], y[kept])
+        scores.append(float(np.mean(head.predict(wide[held]) == y[held])))
+    C = GRID[int(np.argmax(scores))]
+    return LogisticRegression(C=C, max_iter=1000).fit(wide, y).predict, {"C": C, "scores": scores}
+
+
+def clip(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+    import torch
+
+    decays, classes = np.logspace(-6, 2, 97), int(y.max()) + 1
+    unit, codes = torch.nn.functional.normalize(torch.from_numpy(x)), torch.from_numpy(y.astype(np.int64))
+    kept, held = (torch.from_numpy(part) for part in folds[0])
+
+    def fitted(rows: torch.Tensor, decay: float) -> torch.nn.Linear:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(x.shape[1], classes)
+        steps = 10 * -(-len(rows) // 512)
+        optimiser = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        for _ in range(10):
+            for batch in rows[torch.randperm(len(rows))].split(512):
+                optimiser.zero_grad()
+                torch.nn.functional.cross_entropy(layer(unit[batch]), codes[batch]).backward()
+                optimiser.step()
+                schedule.step()
+        return layer
+
+    scores: dict[int, float] = {}
+
+    def judge(place: int) -> None:
+        if 0 <= place < 97 and place not in scores:
+            layer = fitted(kept, float(decays[place]))
+            with torch.no_grad():
+                right = layer(unit[held]).argmax(dim=1) == codes[held]
+            scores[place] = float(right.float().mean())
+
+    for place in range(0, 97, 16):
+        judge(place)
+    for span in (8, 4, 2, 1):
+        peak = max(scores, key=lambda place: scores[place])
+        judge(peak - span)
+        judge(peak + span)
+    best = max(scores, key=lambda place: scores[place])
+    layer = fitted(torch.arange(len(x)), float(decays[best]))
+
+    def predict(queries: Array) -> Array:
+        with torch.no_grad():
+            logits = layer(torch.nn.functional.normalize(torch.from_numpy(queries)))
+        codes: Array = logits.argmax(dim=1).numpy()
+        return codes
+
+    return predict, {"weight_decay": float(decays[best]), "fits": len(scores) + 1, "scores": [scores[best]]}
+
+
+SIDES = {"embedkit": ours, "sklearn": scikit_learn, "dinov2": dinov2, "clip": clip}
+
+
+def measure(side: str, path: str, rows: int | None, folds: int) -> dict[str, Any]:
+    """Run one side in this process."""
+    import sklearn.linear_model
+    import torch
+
+    import embedkit.heads
+
+    assert embedkit.heads.HEADS and sklearn.linear_model.LogisticRegressionCV  # Imported before the clock starts.
+    threads = torch.get_num_threads()
+    x, y, chosen, queries, truth = read(path, rows, folds)
+    resting = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    wall, processor = time.perf_counter(), time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        predict, told = SIDES[side](x, y, chosen)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    accuracy = float(np.mean(predict(queries) == truth))
+    matrix = {"rows": len(x), "dim": x.shape[1], "classes": len(np.unique(y)), "matrix_bytes": x.nbytes}
+    return {
+        "side": side, "seconds": wall, "processor_seconds": processor, "peak_bytes": peak, "resting_bytes": resting,
+        "test_top1": accuracy, "threads": threads, **matrix, **told,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store")
+    parser.add_argument("--rows", type=int, default=None)
+    parser.add_argument("--folds", type=int, default=1, help="of 10, or of so many when there are more")
+    parser.add_argument("--peers", default="sklearn,clip,dinov2")
+    parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options.side, options.store, options.rows, options.folds)))
+        return
+    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
+    first: dict[str, Any] = {}
+    for side in ("embedkit", *filter(None, options.peers.split(","))):
+        command = [sys.executable, __file__, options.store, "--folds", str(options.folds), "--side", side]
+        command += [] if options.rows is None else ["--rows", str(options.rows)]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        first = first or told
+        if side == "embedkit":
+            print(
+                f"{told['rows']} rows x {told['dim']}, {told['classes']} classes, {told['matrix_bytes'] / 1e6:.0f} MB"
+            )
+        ratios = (
+            f"{told['seconds'] / first['seconds']:6.1f}x {told['processor_seconds'] / first['processor_seconds']:6.1f}x"
+        )
+        choice = f"C {told['C']:.3g}" if "C" in told else f"weight decay {told['weight_decay']:.3g}"
+        above = (told["peak_bytes"] - told["resting_bytes"]) / 1e6
+        print(
+            f"{side:<9}{told['seconds']:8.1f} s {told['processor_seconds']:8.1f} cpu s {ratios}  peak "
+            f"{told['peak_bytes'] / 1e6:6.0f} MB, {above:5.0f} MB above the rows  {choice:<22}"
+            f"test top1 {told['test_top1']:.4f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Descent: L-BFGS on the logistic loss of a design, warm-started from one penalty to the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from embedkit.heads.design import ROWS, Design
+
+CACHED_ROWS = 512  # A block that stays in the processor's cache between the products with weights and with gradients.
+FEW_CLASSES = 32  # Up to here those products wait for memory; beyond, larger blocks keep the processor busier.
+MEMORY = 60  # Pairs of steps and gradients that L-BFGS remembers, from one penalty to the next.
+MEMORY_BYTES = 512 << 20  # What the pairs may take.
+ARMIJO = 1e-4
+LINE_TRIES = 25
+# Losses are sums of float32 terms: a change below this share of the loss may be rounding.
+ROUNDING = 3e-8
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Weights of one penalty, and how good they are.
+
+    Parameters
+    ----------
+    weights : tensor of shape (r, c)
+        In the design's coordinates.
+    bias : tensor of shape (c,)
+        Of the centred rows.
+    curvature : tensor of shape (c,)
+        Mean of p (1 - p) over the rows.
+    gradient : float
+        Largest Euclidean norm of any class's part of the gradient of the objective.
+    iterations : int
+        Steps taken.
+    converged : bool
+        Whether `gradient` is within the tolerance.
+    pairs : tuple of pairs of tensors of shape (r + 1, c)
+        Steps and the changes of the loss's gradient along them. The penalty's part is left out, so that they hold for
+        every penalty.
+    """
+
+    weights: torch.Tensor
+    bias: torch.Tensor
+    curvature: torch.Tensor
+    gradient: float = float("inf")
+    iterations: int = 0
+    converged: bool = False
+    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The rows of a design with what is to be predicted of them.
+
+    Parameters
+    ----------
+    design : Design
+        The rows.
+    targets : tensor
+        int64 codes of shape (n,): one class a row, softmax. Or float32 0 and 1 of shape (n, c): c questions a row, a
+        sigmoid each.
+    classes : int
+        Number of columns of the weights, c.
+    """
+
+    design: Design
+    targets: torch.Tensor
+    classes: int
+
+    def start(self) -> Solution:
+        """Return weights of zero."""
+        like = self.design.rows
+        share = 1 / self.classes if self.targets.ndim == 1 else 0.5
+        return Solution(
+            like.new_zeros(like.shape[1], self.classes),
+            like.new_zeros(self.classes),
+            like.new_full((self.classes,), share * (1 - share)),
+        )
+
+    def losses(
+        self, weights: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the mean loss, its gradients by weights and by bias, and the curvature, block by block."""
+        rows = self.design.rows
+        n = len(rows)
+        loss = torch.zeros((), dtype=torch.float64, device=rows.device)
+        by_weights, by_bias, curvature = torch.zeros_like(weights), torch.zeros_like(bias), torch.zeros_like(bias)
+        size = CACHED_ROWS if self.classes <= FEW_CLASSES and rows.device.type == "cpu" else ROWS
+        for start in range(0, n, size):
+            block, targets = rows[start : start + size], self.targets[start : start + size]
+            logits = torch.addmm(bias, block, weights)
+            if targets.ndim == 1:
+                places = targets[:, None]
+                norms = logits.logsumexp(dim=1, keepdim=True)
+                loss += (norms - logits.gather(1, places)).sum(dtype=torch.float64)
+                shares = logits.sub_(norms).exp_()
+                sums = shares.sum(dim=0)
+                curvature += sums - torch.linalg.vector_norm(shares, dim=0).square_()
+                shares.scatter_add_(1, places, shares.new_full((), -1.0).expand(len(shares), 1))
+            else:
+                loss += (torch.nn.functional.softplus(logits) - targets * logits).sum(dtype=torch.float64)
+                shares = logits.sigmoid_()
+                curvature += shares.sum(dim=0) - torch.linalg.vector_norm(shares, dim=0).square_()
+                shares.sub_(targets)
+            by_weights.addmm_(block.T, shares)
+            by_bias += shares.sum(dim=0)
+        return loss / n, by_weights.div_(n), by_bias.div_(n), curvature.div_(n)
+
+
+def solve(problem: Problem, C: float, start: Solution, *, max_iter: int, tol: float) -> Solution:
+    """Minimise the mean loss plus ``|weights|^2 / (2 C n)``, from a solution for another C.
+
+    The objective is scikit-learn's. Coordinates are scaled by the root of the curvature that the start lets expect,
+    in which L-BFGS needs few steps: the Hessian is about ``curvature * spectrum + 1 / (C n)``.
+    """
+    penalty = 1 / (C * len(problem.design.rows))
+    spread = torch.cat([problem.design.spectrum, problem.design.spectrum.new_ones(1)])[:, None]
+    ridge = torch.full_like(spread, penalty)
+    ridge[-1] = 0  # The bias is not penalised.
+    scale = (spread * start.curvature.clamp_min(1e-6) + ridge).clamp_min(1e-12).sqrt_()
+    curvature = start.curvature
+
+    def evaluate(point: torch.Tensor) -> tuple[float, torch.Tensor, float]:
+        nonlocal curvature
+        natural = point / scale
+        loss, by_weights, by_bias, curvature = problem.losses(natural[:-1], natural[-1])
+        gradient = torch.cat([by_weights, by_bias[None]]).add_(natural * ridge)
+        value = float(loss) + 0.5 * penalty * float(torch.linalg.vector_norm(natural[:-1], dtype=torch.float64)) ** 2
+        return value, gradient.div_(scale), float(torch.linalg.vector_norm(gradient * scale, dim=0).max())
+
+    point = torch.cat([start.weights, start.bias[None]]) * scale
+    pairs: Pairs = deque(maxlen=max(5, min(MEMORY, MEMORY_BYTES // (8 * point.numel()))))
+    for change, bend in start.pairs:
+        _remember(pairs, change * scale, torch.addcmul(bend, change, ridge).div_(scale))
+    point, gradient, iterations = _descend(evaluate, point, pairs, max_iter, tol)
+    natural = point / scale
+    kept = tuple((change / scale, torch.addcmul(bend * scale, change / scale, -ridge)) for change, bend, _ in pairs)
+    return Solution(natural[:-1], natural[-1], curvature, gradient, iterations, gradient <= tol, kept)
+
+
+Evaluate = Callable[[torch.Tensor], tuple[float, torch.Tensor, float]]
+Pairs = deque[tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def _remember(pairs: Pairs, change: torch.Tensor, bend: torch.Tensor) -> None:
+    """Keep a step with the change of the gradient along it, if they tell a curvature."""
+    if (product := _dot(change, bend)) > 1e-10 * _dot(bend, bend):
+        pairs.append((change, bend, product))
+
+
+def _descend(
+    evaluate: Evaluate, point: torch.Tensor, pairs: Pairs, max_iter: int, tol: float
+) -> tuple[torch.Tensor, float, int]:
+    """Return the last point, the norm of its gradient, and the number of L-BFGS steps."""
+    value, gradient, norm = evaluate(point)
+    for iteration in range(max_iter):
+        if norm <= tol:
+            return point, norm, iteration
+        step = _direction(gradient, pairs)
+        slope = -_dot(gradient, step)
+        if not slope < 0:
+            pairs.clear()
+            step, slope = gradient.clone(), -_dot(gradient, gradient)
+        found = _search(evaluate, point, step, value, slope)
+        if found is None:
+            if not pairs:
+                return point, norm, iteration
+            pairs.clear()
+            continue
+        new_point, (new_value, new_gradient, norm) = found
+        if torch.equal(new_point, point):  # float32 has no point between.
+            return point, norm, iteration
+        _remember(pairs, new_point - point, new_gradient - gradient)
+        point, value, gradient = new_point, new_value, new_gradient
+    return point, norm, max_iter
+
+
+def _search(
+    evaluate: Evaluate, point: torch.Tensor, step: torch.Tensor, value: float, slope: float
+) -> tuple[torch.Tensor, tuple[float, torch.Tensor, float]] | None:
+    """Return the first point against `step` that lowers the value enough, trying the whole step first."""
+    length = 1.0
+    for _ in range(LINE_TRIES):
+        new_point = point - length * step
+        found = evaluate(new_point)
+        lower = found[0] <= value + ARMIJO * length * slope
+        # Where losses differ by rounding only, the slope tells whether the minimum was overshot (Hager and Zhang).
+        close = found[0] <= value + ROUNDING * abs(value) and -_dot(found[1], step) <= 0.8 * abs(slope)
+        if lower or close:
+            return new_point, found
+        # The minimum of the parabola through both values and the slope, within bounds.
+        bow = found[0] - value - length * slope
+        best = -slope * length * length / (2 * bow) if bow > 0 else 0.5 * length
+        length = min(max(best, 0.1 * length), 0.5 * length)
+    return None
+
+
+def _direction(gradient: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the inverse Hessian, as the pairs tell it, times the gradient: the two-loop recursion."""
+    step = gradient.clone()
+    factors = []
+    for change, bend, product in reversed(pairs):
+        factor = _dot(change, step) / product
+        factors.append(factor)
+        step.sub_(bend, alpha=factor)
+    if pairs:
+        _, bend, product = pairs[-1]
+        step.mul_(product / _dot(bend, bend))
+    for (change, bend, product), factor in zip(pairs, reversed(factors), strict=True):
+        step.add_(change, alpha=factor - _dot(bend, step) / product)
+    return step
+
+
+def _dot(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float(torch.dot(left.reshape(-1), right.reshape(-1)))

@@ -1,4 +1,9 @@
-"""The table and the picture of search_speed.py: python benchmarks/search_report.py RESULTS.json draws them again."""
+"""The table and the picture of search_speed.py.
+
+    python benchmarks/search_report.py RESULTS.json...
+
+writes those of a run again, or of several runs on the same machine as one, search.md.
+"""
 
 from __future__ import annotations
 
@@ -167,12 +172,14 @@ def draw_peer(axes: Any, name: str, peer: dict[str, Any], seen: dict[str, int]) 
         line, marker = "", "*" if ours else "D"
     label = {"embedkit recall": "embedkit, recall=0.99", "embedkit exact": "embedkit, exact"}.get(name, name)
     axes.plot(
-        xs, ys, linestyle=line or "none", marker=marker, color=COLOURS.get(library, "#000000"), label=label, linewidth=1.6,
-        markersize=17 if ours else 5, markerfacecolor="white" if name == "embedkit exact" else None,
+        xs, ys, linestyle=line or "none", marker=marker, color=COLOURS.get(library, "#000000"), label=label,
+        linewidth=1.6, markersize=17 if ours else 5, markerfacecolor="white" if name == "embedkit exact" else None,
         zorder=5 if ours else 2,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    write_report(json.loads(path.read_text()), path.parent, path.stem)
+    paths = [Path(name) for name in sys.argv[1:]]
+    reports = [json.loads(path.read_text()) for path in paths]
+    galleries = [gallery for report in reports for gallery in report["galleries"]]
+    write_report(reports[0] | {"galleries": galleries}, paths[0].parent, paths[0].stem if len(paths) == 1 else "search")

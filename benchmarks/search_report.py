@@ -1,4 +1,9 @@
-"""The table and the picture of search_speed.py: python benchmarks/search_report.py RESULTS.json draws them again."""
+"""The table and the picture of search_speed.py.
+
+    python benchmarks/search_report.py RESULTS.json...
+
+writes those of a run again, or of several runs on the same machine as one, search.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ def write_report(report: dict[str, Any], folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
     picture = draw(report, folder / f"{name}.png")
     lines = [
-        "# Search speed", "", f"{report['processor']}, {report['threads']} threads; the best of {report['rounds']} "
+        "# Search speed", "", f"{report['processor']}, {counted(report['threads'])}; the best of {report['rounds']} "
         "rounds, in which the peers took turns, each in a process of its own.", "",
         *([f"![queries a second against recall]({name}.png)", ""] if picture else ["No picture: no matplotlib.", ""]),
     ]  # fmt: skip
@@ -43,6 +48,10 @@ def write_report(report: dict[str, Any], folder: Path, name: str) -> None:
     text = "\n".join(lines).replace("\n\n\n", "\n\n")
     (folder / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {folder}/{name}.md, .json{', .png' if picture else ''}")
+
+
+def counted(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def rate(point: dict[str, Any]) -> float:
@@ -142,7 +151,7 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         axes.set_xticks([*map(place, TICKS), place(PERFECT)], [*(f"{tick:g}" for tick in TICKS), "≥0.9999"])
         axes.grid(color="#e4e4e4", which="major")
         axes.set(xlabel="recall@10", ylabel="queries a second, one batch", title=gallery["title"])
-    figure.suptitle(f"Search speed, {report['processor']}, {report['threads']} threads: up and to the right is better")
+    figure.suptitle(f"Search speed, {report['processor']}, {counted(report['threads'])}: up and to the right is better")
     entries = dict(entry[::-1] for axes in panels[0] for entry in zip(*axes.get_legend_handles_labels(), strict=True))
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.legend(entries.values(), entries.keys(), ncols=4 * len(galleries) - 1, loc="lower center", fontsize=10)
@@ -163,12 +172,14 @@ def draw_peer(axes: Any, name: str, peer: dict[str, Any], seen: dict[str, int]) 
         line, marker = "", "*" if ours else "D"
     label = {"embedkit recall": "embedkit, recall=0.99", "embedkit exact": "embedkit, exact"}.get(name, name)
     axes.plot(
-        xs, ys, line or "none", marker=marker, color=COLOURS.get(library, "#000000"), label=label, linewidth=1.6,
-        markersize=17 if ours else 5, markerfacecolor="white" if name == "embedkit exact" else None,
+        xs, ys, linestyle=line or "none", marker=marker, color=COLOURS.get(library, "#000000"), label=label,
+        linewidth=1.6, markersize=17 if ours else 5, markerfacecolor="white" if name == "embedkit exact" else None,
         zorder=5 if ours else 2,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    write_report(json.loads(path.read_text()), path.parent, path.stem)
+    paths = [Path(name) for name in sys.argv[1:]]
+    reports = [json.loads(path.read_text()) for path in paths]
+    galleries = [gallery for report in reports for gallery in report["galleries"]]
+    write_report(reports[0] | {"galleries": galleries}, paths[0].parent, paths[0].stem if len(paths) == 1 else "search")

@@ -167,3 +167,9 @@ def test_the_command_prints_every_form(tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == store.ids
     for options in (["-k", "0"], ["-k", "some"], ["-k", "301"], ["--json", "--csv"]):
         assert CliRunner().invoke(main, ["cluster", str(store.path), *options]).exit_code == 2
+
+
+def test_one_cluster_is_not_clusters(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.h5", np.eye(4)[:1])
+    assert repr(cluster(store, 1)) == f"<Clusters of {store.path}: 1 cluster of 1 image, seed 0>"
+    assert "1 cluster of 1 image, seed 0" in CliRunner().invoke(main, ["cluster", str(store.path)]).stdout

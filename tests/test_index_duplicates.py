@@ -211,7 +211,7 @@ def test_too_little_to_choose_from_gives_the_default(tmp_path: Path) -> None:
     few = choose_threshold(Gallery(make(tmp_path / "few.h5", np.random.default_rng(0).standard_normal((150, 8)))))
     alike = choose_threshold(Gallery(make(tmp_path / "alike.h5", np.ones((500, 8)))))
     assert (few.value, few.chosen, alike.value, alike.chosen) == (0.97, False, 0.97, False)
-    assert "150 rows are too few" in str(few)
+    assert "150 rows: too few" in str(few)
 
 
 def test_leaks_are_those_of_brute_force(tmp_path: Path) -> None:
@@ -404,3 +404,20 @@ def test_altered_photographs_are_found_again(flowers: Path, weights: Path, tmp_p
     again = [id for id in store.ids if "_again" in id]
     assert sum(id in together for id in again) >= 0.85 * len(again) > 40
     assert len(found.rows) <= 2 * len(again) + 10
+
+
+def test_what_was_found_says_in_a_line_what_it_is_and_compares_as_an_object(tmp_path: Path) -> None:
+    store = make(tmp_path / "s.h5", [[1, 0], [0, 2], [1, 0.1]], ["a.jpg", "b.jpg", "c.jpg"])
+    found = find_duplicates(store, threshold=0.97)
+    assert repr(found) == f"<Duplicates in {store.path}: 1 group of 2 images, threshold 0.9700>"
+    assert repr(found[0]) == f"<Group of 2 images of {store.path}, to keep: 'a.jpg'>"
+    assert found[0] != found[0] and hash(found)  # Arrays have no one truth, and no hash.
+    leaks = find_leaks(store, store, threshold=0.97)
+    assert repr(leaks) == f"<Leaks of {store.path} in {store.path}: 3 images in 5 pairs, threshold 0.9700>"
+
+
+def test_a_threshold_that_cannot_be_chosen_says_why(tmp_path: Path) -> None:
+    few = find_duplicates(make(tmp_path / "few.h5", [[1, 0]]))
+    assert str(few.threshold) == "threshold 0.9700 (1 row: too few, or too much alike, to choose it from)"
+    alike = find_duplicates(make(tmp_path / "alike.h5", np.ones((300, 2))))
+    assert str(alike.threshold) == "threshold 0.9700 (300 rows: too few, or too much alike, to choose it from)"

@@ -149,3 +149,10 @@ def test_the_command_prints_every_form(tmp_path: Path) -> None:
     assert len(rows) == 20 and rows[0]["id"] == ids[4] and rows[0]["label"] == "a"
     assert run("--plain", "--top", "1").stdout_bytes == f"/photos/{ids[4]}\n".encode()
     assert CliRunner().invoke(main, ["outliers", path, "--json", "--plain"]).exit_code == 2
+
+
+def test_outliers_say_in_a_line_what_they_are(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.h5", np.eye(4), ["a", "a", "b", "b"])
+    assert repr(find_outliers(store, 2)) == f"<Outliers of {store.path}: 4 images, by 2 neighbours of the store>"
+    by_class = find_outliers(store, 2, within_class=True)
+    assert repr(by_class) == f"<Outliers of {store.path}: 4 images, by 2 neighbours of its class>"

@@ -109,7 +109,10 @@ def _print_paths(found: Duplicates | Leaks, quiet: bool) -> None:
     for path in removal.paths:  # As bytes: a path is printed as it is, whatever it holds.
         click.echo(os.fsencode(path))
     for count, why in (
-        (removal.parts, "is no file of its own, or gone: a box, a frame, a member of an archive"),
+        (
+            removal.parts,
+            "is no file of its own (a box, a frame, a member of an archive), or its file is gone or not known",
+        ),
         (removal.changed, "changed since the store was made; bring the store up to date with embedkit extract"),
         (removal.kept, "is the very file to keep, by a link"),
         (removal.unprintable, "has a line break in its path"),

@@ -13,7 +13,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.options import FILE, device_option, json_option, layer_option, overwrite_option, quiet_option
-from embedkit.errors import StoreExistsError
+from embedkit.errors import EmbedkitError, StoreExistsError
 from embedkit.text import printable
 
 _BYTES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -100,11 +100,16 @@ def build_index(
     else:
         if folder.exists() and not overwrite:
             raise StoreExistsError(f"{folder} exists; --update brings it up to date, and --overwrite replaces it")
-        index = Index.build(
-            Store.open(store, layer=layer), factory, metric, recall=recall, max_latency=max_latency,
-            max_memory=None if max_memory is None else int(max_memory), whiten=whiten, expansion=expansion, seed=seed,
-            progress=say,
-        )  # fmt: skip
+        try:
+            index = Index.build(
+                Store.open(store, layer=layer), factory, metric, recall=recall, max_latency=max_latency,
+                max_memory=None if max_memory is None else int(max_memory), whiten=whiten, expansion=expansion,
+                seed=seed, progress=say,
+            )  # fmt: skip
+        except EmbedkitError:
+            raise
+        except ValueError as error:  # A factory, width or metric that cannot be.
+            raise click.UsageError(str(error)) from error
     index.save(folder)
     if as_json:
         chosen = None if index.chosen is None else dataclasses.asdict(index.chosen)

@@ -15,7 +15,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.options import FILE, json_option, layer_option, quiet_option
-from embedkit.text import printable
+from embedkit.text import counted, printable
 
 if TYPE_CHECKING:
     from embedkit.index.clusters import Clusters
@@ -206,7 +206,7 @@ def cluster_text(found: Clusters) -> str:
     lines = _columns(rows, ">>><><" if labelled else ">>><")
     more = len(values["clusters"]) - SHOWN_CLUSTERS
     lines += [f"... and {more:,} more (--json has all)"] if more > 0 else []
-    facts = [f"{values['k']:,} clusters of {len(found.store):,} images, seed {values['seed']}"]
+    facts = [f"{counted(len(found), 'cluster')} of {counted(len(found.store), 'image')}, seed {values['seed']}"]
     if labelled:
         facts.append(
             f"purity {values['purity']:.4f}, NMI {values['nmi']:.4f} with the {len(found.store.classes):,} classes"

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from embedkit.errors import EvaluationError
 from embedkit.index.exact import Gallery, Progress
 from embedkit.store import Store
+from embedkit.text import counted
 
 SAMPLE_BYTES = 512 << 20
 POINTS_PER_CENTRE = 256
@@ -45,7 +46,7 @@ class Candidate:
     standard_error: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Clusters:
     """Groups of rows, the largest first.
 
@@ -77,6 +78,10 @@ class Clusters:
     medoids: Rows
     seed: int
     candidates: tuple[Candidate, ...] = ()
+
+    def __repr__(self) -> str:
+        found = f"{counted(len(self), 'cluster')} of {counted(len(self.assignments), 'image')}"
+        return f"<Clusters of {self.store.path}: {found}, seed {self.seed}>"
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -18,6 +18,7 @@ from embedkit.index.sketches import Plan, Sketch, plan, scores_of, tiles
 from embedkit.index.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.store import Store
 from embedkit.store.format import decode_texts
+from embedkit.text import counted
 
 log = logging.getLogger("embedkit")
 
@@ -55,7 +56,7 @@ class Member:
     path: Path | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Group:
     """Images that show the same; the first is the one to keep.
 
@@ -71,6 +72,9 @@ class Group:
     rows: Rows
     similarities: npt.NDArray[np.float32]
     exact: Flags
+
+    def __repr__(self) -> str:
+        return f"<Group of {counted(len(self), 'image')} of {self.store.path}, to keep: {self[0].id!r}>"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,7 +103,7 @@ class Group:
         return self.store.classes[code] if code >= 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Duplicates:
     """What `find_duplicates` found: a sequence of `Group`, the largest first.
 
@@ -123,6 +127,10 @@ class Duplicates:
     starts: Rows
     similarities: npt.NDArray[np.float32]
     exact: Flags
+
+    def __repr__(self) -> str:
+        found = f"{counted(len(self), 'group')} of {counted(len(self.rows), 'image')}"
+        return f"<Duplicates in {self.store.path}: {found}, threshold {self.threshold.value:.4f}>"
 
     def __len__(self) -> int:
         return len(self.starts) - 1

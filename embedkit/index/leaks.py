@@ -15,6 +15,7 @@ from embedkit.index.grouping import Rows, same_content, same_embedding
 from embedkit.index.sketches import Sketch, Tile, plan, scores_of, tiles
 from embedkit.index.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.store import Store
+from embedkit.text import counted
 
 MOST = 10
 FLUSH = 1 << 20  # Pairs.
@@ -22,7 +23,7 @@ FLUSH = 1 << 20  # Pairs.
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Leaks:
     """Pairs of a row of one store and a row of another one whose images are the same, or nearly so.
 
@@ -47,6 +48,10 @@ class Leaks:
     right_rows: Rows
     scores: npt.NDArray[np.float32]
     exact: npt.NDArray[np.bool_]
+
+    def __repr__(self) -> str:
+        found = f"{counted(len(self.leaked), 'image')} in {counted(len(self), 'pair')}"
+        return f"<Leaks of {self.left.path} in {self.right.path}: {found}, threshold {self.threshold.value:.4f}>"
 
     def __len__(self) -> int:
         return len(self.left_rows)

@@ -16,6 +16,7 @@ from embedkit.index.estimating import announce
 from embedkit.index.exact import Gallery, Progress
 from embedkit.index.pictures import image_path
 from embedkit.store import Store
+from embedkit.text import counted
 
 if TYPE_CHECKING:
     from embedkit.index.neighbours import Index
@@ -40,7 +41,7 @@ class Outlier:
     nearest: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Outliers:
     """How far every row is from its neighbours, the farthest first.
 
@@ -70,6 +71,10 @@ class Outliers:
     distances: Numbers
     z_scores: Numbers
     nearest: Rows
+
+    def __repr__(self) -> str:
+        among = "of its class" if self.within_class else "of the store"
+        return f"<Outliers of {self.store.path}: {counted(len(self), 'image')}, by {self.k} neighbours {among}>"
 
     def __len__(self) -> int:
         return len(self.rows)

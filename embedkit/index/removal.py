@@ -22,7 +22,7 @@ class Removal:
     paths : list of Path
         Files below the root of the store, which still have the size and time that the store knows.
     parts : int
-        Rows that are no whole file of their own: boxes, frames, members of archives, files that are gone.
+        Rows that are no whole file of their own: boxes, frames, members of archives, files that are gone or not known.
     changed : int
         Files that changed since the store was made.
     kept : int

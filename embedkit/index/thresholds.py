@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.index.exact import Gallery
+from embedkit.text import counted
 
 DEFAULT = 0.97  # Where there is too little to choose from.
 SAMPLE = 1000
@@ -49,7 +50,11 @@ class Threshold:
     def __str__(self) -> str:
         """Return one line for people."""
         if not self.chosen:
-            why = f" ({self.sampled:,} rows are too few to choose it from)" if self.sampled else ""
+            why = (
+                f" ({counted(self.sampled, 'row')}: too few, or too much alike, to choose it from)"
+                if self.sampled
+                else ""
+            )
             return f"threshold {self.value:.4f}{why}"
         return (
             f"threshold {self.value:.4f}, chosen from {self.sampled:,} rows: {self.above:,} of them have their nearest "

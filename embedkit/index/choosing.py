@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from embedkit.index.families import EFFORTS, EXACT, REFINEMENTS, list_factories
 from embedkit.index.searching import found_rows
 
 K = 10
+RECALL = 0.99
 QUERIES = 2000
 SCREENED = 20_000  # Rows on which all families are tried before the best of them are built in full.
 PRODUCTS = 4e12  # Multiplications of the exact search that measures: half a minute of two cores.
@@ -101,7 +102,8 @@ def choose(
     factory : str, optional
         A FAISS factory string, to build this one and no other.
     wish : Wish
-        What it has to keep to. Without a recall, FAISS's own settings are measured and kept.
+        What it has to keep to. Without a recall, FAISS's own settings are kept for a factory that is named; for others
+        it is 0.99, since an index that is small or quick and finds little is of no use.
     seed : int
         Draws the held-out rows and the sample.
     say : callable
@@ -121,6 +123,8 @@ def choose(
     EvaluationError
         When nothing keeps to the wish, with what came nearest.
     """
+    if factory is None and wish.recall is None:
+        wish = replace(wish, recall=RECALL)
     if factory is None and len(gallery) < FEW:
         exact = _measured_exactly(gallery, np.arange(len(gallery)))
         if not _keeps(exact, wish, len(gallery)):
@@ -246,7 +250,10 @@ def _tuned(coarse: Coarse, gallery: Gallery, exam: _Exam, build_seconds: float, 
             return found[-1]
     if not found:
         found = [measured(efforts[-1], max(REFINEMENTS))]
-    return max(enough, key=lambda one: one.queries_per_second) if enough else max(found, key=lambda one: one.ann_recall)
+    quick = [one for one in enough if wish.max_latency is None or one.seconds <= wish.max_latency]
+    if enough:
+        return max(quick or enough, key=lambda one: one.queries_per_second)
+    return max(found, key=lambda one: one.ann_recall)
 
 
 def _efforts(coarse: Coarse) -> Sequence[int | None]:

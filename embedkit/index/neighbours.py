@@ -122,7 +122,7 @@ class Index:
         recall : float, optional
             Share of the exact ten neighbours that has to be found.
         max_memory : int, optional
-            Bytes that the index may take, beside the store.
+            Bytes that the index may take, beside the store. Without `recall`, that is 0.99 then.
         max_latency : float, optional
             Seconds that a single query may take.
         whiten : int, optional

@@ -2,10 +2,9 @@
 
 from embedkit.index.choosing import Measurement
 from embedkit.index.clusters import Clusters, cluster
-from embedkit.index.duplicates import Duplicates, find_duplicates
+from embedkit.index.duplicates import Duplicates, Leaks, find_duplicates, find_leaks
 from embedkit.index.exact import METRICS, Gallery
 from embedkit.index.files import is_index, require_place
-from embedkit.index.leaks import Leaks, find_leaks
 from embedkit.index.neighbours import Index
 from embedkit.index.outliers import Outliers, find_outliers
 from embedkit.index.page import search_page

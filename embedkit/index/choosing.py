@@ -22,6 +22,7 @@ SCREENED = 20_000  # Rows on which all families are tried before the best of the
 PRODUCTS = 4e12  # Multiplications of the exact search that measures: half a minute of two cores.
 SINGLES = 50
 ROUNDS = 3
+FEWEST = 20  # Rows, of which two can be held out.
 FINALISTS = 3
 FEW = 1000  # Rows that are compared before any index has begun.
 
@@ -86,7 +87,7 @@ class _Exam:
 
 def choose(
     gallery: Gallery, factory: str | None, wish: Wish, *, seed: int, say: Say
-) -> tuple[Coarse | None, Measurement, list[Measurement]]:
+) -> tuple[Coarse | None, Measurement | None, list[Measurement]]:
     """Build the fastest index that keeps to a wish.
 
     A part of the rows is held out as queries, and an index never holds those that it is measured with. Its settings are
@@ -113,8 +114,8 @@ def choose(
     -------
     coarse : Coarse or None
         The index, of all rows; None when exact search is what keeps to the wish.
-    chosen : Measurement
-        What it was measured to do.
+    chosen : Measurement or None
+        What it was measured to do; None for a factory over so few rows that none can be held out.
     tried : list of Measurement
         Everything that was measured in full, the exact search first.
 
@@ -130,6 +131,9 @@ def choose(
         if not _keeps(exact, wish, len(gallery)):
             raise EvaluationError(_unkept(gallery, wish, [exact]))
         return None, exact, [exact]
+    if factory is not None and wish == Wish() and len(gallery) < FEWEST:
+        say(f"{len(gallery):,} rows are too few to hold some out: {factory} is not measured")
+        return _built(gallery, factory, np.arange(len(gallery)), seed, say)[0], None, []
     random = np.random.default_rng(seed)
     rows, exam_rows = _held_out(gallery, random)
     say(f"exact search of {len(exam_rows):,} held-out rows, to measure against")
@@ -164,7 +168,7 @@ def _held_out(gallery: Gallery, random: np.random.Generator) -> tuple[Rows, Rows
     """Return the rows to index first, and those to search with."""
     n = len(gallery)
     count = int(min(QUERIES, n // 10, max(200, PRODUCTS / max(1, n * gallery.store.dim))))
-    if count < 2:
+    if n < FEWEST:
         raise EvaluationError(f"{gallery.store.path} has {n} rows: too few to measure an index on; search it exactly")
     exam = np.zeros(n, dtype=np.bool_)
     exam[random.choice(n, count, replace=False)] = True

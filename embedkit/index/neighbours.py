@@ -375,7 +375,7 @@ class Index:
             Instead of the k nearest, everything at least so similar ("l2": at most so far), by exact search. `k` does
             not count then.
         exclude_self : bool, default False
-            Leave out the query itself: the row it is, or the rows with the same content as an image file.
+            Leave out the query itself: the row it is, or rows of the same content as a file. PIL images have none.
 
         Returns
         -------

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.index.coarse import Coarse, effort_limit, effort_name, expected_bytes, extend, train
+from embedkit.index.coarse import Coarse, effort_limit, effort_name, expected_bytes, extend, is_lossless, train
 from embedkit.index.exact import Gallery, Rows, Vectors
 from embedkit.index.families import EFFORTS, EXACT, REFINEMENTS, list_factories
 from embedkit.index.searching import found_rows
@@ -274,7 +274,7 @@ def _sufficient(
     """Yield settings that reach a recall with a margin, and their queries a second."""
     efforts = _efforts(coarse)
     fastest, at = 0.0, 0
-    refinements = sorted(REFINEMENTS)
+    refinements = [1] if is_lossless(coarse.index) else sorted(REFINEMENTS)
     # Along the edge of what is enough: less comparing as long as it is, more effort as soon as it is not.
     while at < len(efforts) and refinements:
         recalls, rate = _recalls(coarse, gallery, exam, efforts[at], refinements[-1])

@@ -50,7 +50,7 @@ def test_an_index_is_built_searched_and_updated(store: Path) -> None:
     stale = run("search", folder, "--id", "0107.jpg", "--plain")
     assert "100 of its rows are missing" in stale.stderr and stale.exit_code == 0
     updated = run("index", store, "--update")
-    assert updated.exit_code == 0 and "100 rows added, 100 entries of rows that have gone" in updated.stderr
+    assert updated.exit_code == 0 and "100 rows added; 100 rows of the index gone from the store" in updated.stderr
     assert run("search", folder, "--id", "1550.jpg", "-k", "1", "--plain").stdout.splitlines() == ["1550.jpg"]
 
 
@@ -76,3 +76,29 @@ def test_errors_have_exit_codes(store: Path, tmp_path: Path) -> None:
     (tmp_path / "i" / "index.json").write_text("{")
     broken = run("search", tmp_path / "i", "--id", "0001.jpg")
     assert broken.exit_code == 1 and "index.json is damaged" in broken.stderr
+
+
+def test_limits_alone_mean_a_recall_of_99_percent(store: Path) -> None:
+    built = run("index", store, "--max-memory", "2GB", "--json")
+    assert built.exit_code == 0, built.output
+    assert json.loads(built.stdout)["chosen"]["ann_recall"] >= 0.99
+
+
+def test_update_takes_no_options_of_building(store: Path) -> None:
+    run("index", store, "--factory", "SQ8")
+    refused = run("index", store, "--update", "--factory", "HNSW32")
+    assert refused.exit_code == 2 and "--update keeps" in refused.stderr
+
+
+def test_nothing_is_built_where_it_cannot_be_written(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused = run("index", store, "-o", tmp_path / "other", "--overwrite", "--factory", "SQ8")
+    assert refused.exit_code == 1 and "something else than an index" in refused.stderr
+    assert "building" not in refused.stderr
+
+
+def test_a_search_that_finds_nothing_says_so(store: Path) -> None:
+    assert "nothing found" in run("search", store, "--id", "0007.jpg", "--where", "id=zz*").stdout
+    slip = run("search", store, "--id", "0007.jpg", "--where", "id=000")
+    assert slip.exit_code == 1 and "'id=000*'" in slip.stderr

@@ -17,14 +17,14 @@ from PIL import Image
 
 from embedkit import Backbone, EmbeddingSpec, SpecMismatchError, Store, StoreFormatError, extract
 from embedkit.cli import main
-from embedkit.index.duplicates import Duplicates, find_duplicates
+from embedkit.index.duplicates.grouping import Forest
+from embedkit.index.duplicates.groups import Duplicates, find_duplicates
+from embedkit.index.duplicates.leaks import find_leaks
+from embedkit.index.duplicates.page import duplicates_page
+from embedkit.index.duplicates.removal import removable
+from embedkit.index.duplicates.sketches import Sketch, plan, principal_axes, tiles
+from embedkit.index.duplicates.thresholds import choose_threshold
 from embedkit.index.exact import Gallery
-from embedkit.index.grouping import Forest
-from embedkit.index.groups_page import duplicates_page
-from embedkit.index.leaks import find_leaks
-from embedkit.index.removal import removable
-from embedkit.index.sketches import Sketch, plan, principal_axes, tiles
-from embedkit.index.thresholds import choose_threshold
 from embedkit.store import StoreWriter
 
 

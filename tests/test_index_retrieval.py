@@ -274,3 +274,16 @@ def test_the_command_prints_what_the_library_finds(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["retrieve", str(store.path)])
     assert refused.exit_code == 1 and "--exclude-self" in refused.stderr
     assert CliRunner().invoke(main, ["retrieve", str(store.path), "-k", "1,x"]).exit_code == 2
+
+
+def test_the_command_measures_an_index(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "s.h5", 90, 8)
+    index = Index.build(store, metric="l2")
+    index.save(tmp_path / "s.index")
+    command = ["retrieve", str(store.path), "--index", str(tmp_path / "s.index"), "--exclude-self", "--json"]
+    found = CliRunner().invoke(main, command)
+    expected = retrieval_report(store, index=index, exclude_self=True).to_dict()
+    assert found.exit_code == 0 and json.loads(found.stdout) == expected
+    assert expected["inputs"]["metric"] == "l2"
+    refused = CliRunner().invoke(main, [*command, "--metric", "ip"])
+    assert refused.exit_code == 2 and "an index ranks by its own" in refused.stderr

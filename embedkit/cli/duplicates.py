@@ -19,8 +19,8 @@ from embedkit.cli.options import FILE, json_option, layer_option, quiet_option
 from embedkit.text import counted, printable
 
 if TYPE_CHECKING:
-    from embedkit.index.duplicates import Duplicates, Group, Member
-    from embedkit.index.leaks import Leaks
+    from embedkit.index.duplicates.groups import Duplicates, Group, Member
+    from embedkit.index.duplicates.leaks import Leaks
 
 SHOWN_MEMBERS = 20
 
@@ -73,9 +73,9 @@ def dedupe(
     --plain prints which ones can go. With --against, the images of STORE that are in another store too are found, with
     at most ten of those for each. Groups in which labels disagree are marked.
     """
-    from embedkit.index.duplicates import find_duplicates
-    from embedkit.index.groups_page import duplicates_page
-    from embedkit.index.leaks import Leaks, find_leaks
+    from embedkit.index.duplicates.groups import find_duplicates
+    from embedkit.index.duplicates.leaks import Leaks, find_leaks
+    from embedkit.index.duplicates.page import duplicates_page
     from embedkit.store import Store
 
     if as_json + as_csv + plain > 1:
@@ -84,6 +84,8 @@ def dedupe(
     found: Duplicates | Leaks
     with printing.RowBar(quiet) as bar:
         if against is not None:
+            if os.path.exists(against) and os.path.samefile(store, against):
+                raise click.UsageError("--against names STORE itself; without it, duplicates within STORE are found")
             other = Store.open(against, layer=layer)
             found = find_leaks(opened, other, threshold=threshold, progress=bar.update)
         else:
@@ -103,7 +105,7 @@ def dedupe(
 
 
 def _print_paths(found: Duplicates | Leaks, quiet: bool) -> None:
-    from embedkit.index.removal import removable
+    from embedkit.index.duplicates.removal import removable
 
     removal = removable(found)
     for path in removal.paths:  # As bytes: a path is printed as it is, whatever it holds.
@@ -155,7 +157,7 @@ def _print_table(number: int, group: Group) -> None:
 
 
 def _print_leaks(found: Leaks, *, as_json: bool, as_csv: bool, quiet: bool) -> None:
-    from embedkit.index.duplicates import Group
+    from embedkit.index.duplicates.groups import Group
 
     lefts = Group(found.left, found.left_rows, found.scores, found.exact)
     rights = Group(found.right, found.right_rows, found.scores, found.exact)

@@ -325,8 +325,9 @@ def row_of(store: Store, id: str) -> int:
     try:
         return store.index_of(id)
     except KeyError:
+        example = f", such as {store.ids[0]!r}" if len(store) else ""
         raise click.UsageError(
-            f"{store.path} has no id {id!r}; ids are paths relative to the folder, such as {store.ids[:1]}"
+            f"{store.path} has no id {id!r}; ids are paths relative to the folder{example}"
         ) from None
 
 
@@ -344,6 +345,8 @@ def search_result(result: SearchResult, names: Sequence[str], *, as_json: bool, 
         else:
             width = max([len(hit.label or "") for hit in hits], default=0)
             click.echo(f"{printable(name)}")
+            if not hits:
+                click.echo("      nothing found")
             for hit in hits:
                 click.echo(
                     f"{hit.rank:>4}  {hit.score:.4f}  {printable(hit.label or ''):<{width}}  {printable(hit.id)}"

@@ -14,9 +14,9 @@ import click
 from embedkit.cli import printing
 from embedkit.cli.options import FILE, device_option, json_option, layer_option, overwrite_option, quiet_option
 from embedkit.errors import EmbedkitError, StoreExistsError
-from embedkit.text import printable
+from embedkit.text import counted, printable
 
-_BYTES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_BYTES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -31,9 +31,8 @@ class _Quantity(click.ParamType):  # type: ignore[type-arg]
             return value
         found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([a-z]*)", value.lower())
         if found is None or found[2] not in self.units or not float(found[1]):
-            self.fail(
-                f"{value!r} is not a number with one of the units {', '.join(filter(None, self.units))}", param, ctx
-            )
+            units = ", ".join(filter(None, self.units))
+            self.fail(f"{value!r} is not a number with a unit of {units}", param, ctx)
         return float(found[1]) * self.units[found[2]]
 
 
@@ -61,7 +60,10 @@ class _Expansion(click.ParamType):  # type: ignore[type-arg]
     "--recall", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
     help="Choose the fastest index that finds this share of the exact ten neighbours, such as 0.99.",
 )  # fmt: skip
-@click.option("--max-memory", type=_Quantity("bytes", _BYTES), help="Most bytes that the index may take, such as 2G.")
+@click.option(
+    "--max-memory", type=_Quantity("bytes", _BYTES),
+    help="Most bytes that the index may take, such as 2G. Without --recall, that is 0.99 then.",
+)  # fmt: skip
 @click.option("--max-latency", type=_Quantity("time", _SECONDS), help="Most time of a single query, such as 5ms.")
 @click.option("--whiten", type=click.IntRange(1), metavar="WIDTH", help="Compare embeddings whitened to this width.")
 @click.option(
@@ -85,7 +87,7 @@ def build_index(
     keeps to it is built. The table of what was measured is printed and kept. Without --recall and --factory the index
     is exact: it holds nothing but its options, and search reads the store.
     """
-    from embedkit.index import Index
+    from embedkit.index import Index, require_place
     from embedkit.store import Store
 
     folder = output or store.with_suffix(".index")
@@ -94,12 +96,17 @@ def build_index(
         printing.notice(line, quiet)
 
     if update:
+        given = click.get_current_context().get_parameter_source
+        for name in ("factory", "metric", "recall", "max_memory", "max_latency", "whiten", "expansion", "seed"):
+            if given(name) is click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError("--update keeps the index's options; to change them, build it with --overwrite")
         index = Index.open(folder, Store.open(store, layer=layer))
         added, gone = index.add(progress=say), index.gone
-        say(f"{added:,} rows added, {gone:,} entries of rows that have gone")
+        say(f"{counted(added, 'row')} added; {counted(gone, 'row')} of the index gone from the store")
     else:
         if folder.exists() and not overwrite:
             raise StoreExistsError(f"{folder} exists; --update brings it up to date, and --overwrite replaces it")
+        require_place(folder)
         try:
             index = Index.build(
                 Store.open(store, layer=layer), factory, metric, recall=recall, max_latency=max_latency,
@@ -118,7 +125,7 @@ def build_index(
     else:
         for line in _table(index):
             click.echo(line)
-        click.echo(printable(f"{folder}: {len(index):,} rows, {index.factory}, {index.metric}"))
+        click.echo(printable(f"{folder}: {counted(len(index), 'row')}, {index.factory}, {index.metric}"))
 
 
 def _table(index: Any) -> list[str]:
@@ -144,7 +151,9 @@ def _table(index: Any) -> list[str]:
     "--where", multiple=True, metavar="FIELD=PATTERN",
     help="Search only rows whose label or id matches, such as label=cat or id=2024/*; of several, all must.",
 )  # fmt: skip
-@click.option("--radius", type=float, help="Find everything at least so similar instead of the k nearest.")
+@click.option(
+    "--radius", type=float, help="Find everything at least so similar, by l2 at most so far, instead of the k nearest."
+)
 @click.option("--exclude-self", is_flag=True, help="Leave out the query itself: its row, or files of the same content.")
 @layer_option
 @click.option("-m", "--model", help="Where the store's backbone is now, when it has moved.")
@@ -160,7 +169,8 @@ def search(
     """Find the images in STORE that are most like each QUERY.
 
     A QUERY is an image file. It is embedded by the store's own backbone and compared with every row by cosine
-    similarity, exactly. In place of STORE stands an index that `embedkit index` built, to search as that does.
+    similarity, exactly. Instead of a store, an index that `embedkit index` built may be named, to search as that does:
+    by its metric, whitening and expansion, and as exactly as it was measured to be.
     """
     from embedkit.backbones import Backbone
     from embedkit.index import SCORE_NAMES, Index, is_index, search_page

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from embedkit.cli import printing
 from embedkit.cli.options import FILE, json_option, layer_option, quiet_option
@@ -74,6 +75,7 @@ class _Depths(click.ParamType):  # type: ignore[type-arg]
     "--metric", type=click.Choice(["cosine", "ip", "l2"]), default="cosine", show_default=True,
     help="What ranks the gallery.",
 )  # fmt: skip
+@click.option("--index", "index_path", type=FILE, metavar="INDEX", help="Measure what this index of the gallery finds.")
 @layer_option
 @json_option
 @quiet_option
@@ -83,24 +85,36 @@ def retrieve(
     ks: tuple[int, ...],
     exclude_self: bool | None,
     metric: str,
+    index_path: Path | None,
     layer: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Measure how well the images of QUERY_STORE find images of their class in GALLERY_STORE.
 
-    Without GALLERY_STORE, the one store is both. Every query is compared with every row; recall@k, precision@k, mAP@R,
+    Without GALLERY_STORE, the one store is both, or with --index the index's store is the gallery. Every query is
+    compared with every row, or with --index with what the index finds; recall@k, precision@k, mAP@R,
     R-precision and MRR are fractions, over all queries and for each class. Classes are matched by their names. Queries
     without a label, and those of whose class there is no other row, are left out and counted.
     """
+    from embedkit.index.neighbours import Index
     from embedkit.index.retrieval import retrieval_report
     from embedkit.store import Store
 
+    ranked = click.get_current_context().get_parameter_source("metric") is ParameterSource.COMMANDLINE
+    if index_path is not None and ranked:
+        raise click.UsageError("--metric goes without --index: an index ranks by its own")
     query_store = Store.open(queries, layer=layer)
     gallery_store = None if gallery is None else Store.open(gallery, layer=layer)
     with QueryBar(quiet) as bar:
         report = retrieval_report(
-            query_store, gallery_store, ks=ks, metric=metric, exclude_self=exclude_self, progress=bar.update
+            query_store,
+            gallery_store,
+            ks=ks,
+            metric=metric,
+            exclude_self=exclude_self,
+            index=None if index_path is None else Index.open(index_path),
+            progress=bar.update,
         )
     click.echo(json.dumps(report.to_dict()) if as_json else report.to_text(), nl=as_json)
 

@@ -2,10 +2,9 @@
 
 from embedkit.index.choosing import Measurement
 from embedkit.index.clusters import Clusters, cluster
-from embedkit.index.duplicates import Duplicates, find_duplicates
+from embedkit.index.duplicates import Duplicates, Leaks, find_duplicates, find_leaks
 from embedkit.index.exact import METRICS, Gallery
-from embedkit.index.files import is_index
-from embedkit.index.leaks import Leaks, find_leaks
+from embedkit.index.files import is_index, require_place
 from embedkit.index.neighbours import Index
 from embedkit.index.outliers import Outliers, find_outliers
 from embedkit.index.page import search_page
@@ -16,5 +15,5 @@ from embedkit.index.retrieval import RetrievalReport, retrieval_report
 __all__ = [
     "METRICS", "SCORE_NAMES", "Clusters", "Duplicates", "Gallery", "Hit", "Index", "Leaks", "Measurement", "Outliers",
     "RetrievalReport", "SearchResult", "cluster", "find_duplicates", "find_leaks", "find_outliers", "image_path",
-    "is_index", "read_picture", "retrieval_report", "search_page",
+    "is_index", "read_picture", "require_place", "retrieval_report", "search_page",
 ]  # fmt: skip

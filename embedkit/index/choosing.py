@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.index.coarse import Coarse, effort_limit, effort_name, expected_bytes, extend, train
+from embedkit.index.coarse import Coarse, effort_limit, effort_name, expected_bytes, extend, is_lossless, train
 from embedkit.index.exact import Gallery, Rows, Vectors
 from embedkit.index.families import EFFORTS, EXACT, REFINEMENTS, list_factories
 from embedkit.index.searching import found_rows
 
 K = 10
+RECALL = 0.99
 QUERIES = 2000
 SCREENED = 20_000  # Rows on which all families are tried before the best of them are built in full.
 PRODUCTS = 4e12  # Multiplications of the exact search that measures: half a minute of two cores.
 SINGLES = 50
 ROUNDS = 3
+FEWEST = 20  # Rows, of which two can be held out.
 FINALISTS = 3
 FEW = 1000  # Rows that are compared before any index has begun.
 
@@ -85,7 +87,7 @@ class _Exam:
 
 def choose(
     gallery: Gallery, factory: str | None, wish: Wish, *, seed: int, say: Say
-) -> tuple[Coarse | None, Measurement, list[Measurement]]:
+) -> tuple[Coarse | None, Measurement | None, list[Measurement]]:
     """Build the fastest index that keeps to a wish.
 
     A part of the rows is held out as queries, and an index never holds those that it is measured with. Its settings are
@@ -101,7 +103,8 @@ def choose(
     factory : str, optional
         A FAISS factory string, to build this one and no other.
     wish : Wish
-        What it has to keep to. Without a recall, FAISS's own settings are measured and kept.
+        What it has to keep to. Without a recall, FAISS's own settings are kept for a factory that is named; for others
+        it is 0.99, since an index that is small or quick and finds little is of no use.
     seed : int
         Draws the held-out rows and the sample.
     say : callable
@@ -111,8 +114,8 @@ def choose(
     -------
     coarse : Coarse or None
         The index, of all rows; None when exact search is what keeps to the wish.
-    chosen : Measurement
-        What it was measured to do.
+    chosen : Measurement or None
+        What it was measured to do; None for a factory over so few rows that none can be held out.
     tried : list of Measurement
         Everything that was measured in full, the exact search first.
 
@@ -121,11 +124,16 @@ def choose(
     EvaluationError
         When nothing keeps to the wish, with what came nearest.
     """
+    if factory is None and wish.recall is None:
+        wish = replace(wish, recall=RECALL)
     if factory is None and len(gallery) < FEW:
         exact = _measured_exactly(gallery, np.arange(len(gallery)))
         if not _keeps(exact, wish, len(gallery)):
             raise EvaluationError(_unkept(gallery, wish, [exact]))
         return None, exact, [exact]
+    if factory is not None and wish == Wish() and len(gallery) < FEWEST:
+        say(f"{len(gallery):,} rows are too few to hold some out: {factory} is not measured")
+        return _built(gallery, factory, np.arange(len(gallery)), seed, say)[0], None, []
     random = np.random.default_rng(seed)
     rows, exam_rows = _held_out(gallery, random)
     say(f"exact search of {len(exam_rows):,} held-out rows, to measure against")
@@ -160,7 +168,7 @@ def _held_out(gallery: Gallery, random: np.random.Generator) -> tuple[Rows, Rows
     """Return the rows to index first, and those to search with."""
     n = len(gallery)
     count = int(min(QUERIES, n // 10, max(200, PRODUCTS / max(1, n * gallery.store.dim))))
-    if count < 2:
+    if n < FEWEST:
         raise EvaluationError(f"{gallery.store.path} has {n} rows: too few to measure an index on; search it exactly")
     exam = np.zeros(n, dtype=np.bool_)
     exam[random.choice(n, count, replace=False)] = True
@@ -246,7 +254,10 @@ def _tuned(coarse: Coarse, gallery: Gallery, exam: _Exam, build_seconds: float, 
             return found[-1]
     if not found:
         found = [measured(efforts[-1], max(REFINEMENTS))]
-    return max(enough, key=lambda one: one.queries_per_second) if enough else max(found, key=lambda one: one.ann_recall)
+    quick = [one for one in enough if wish.max_latency is None or one.seconds <= wish.max_latency]
+    if enough:
+        return max(quick or enough, key=lambda one: one.queries_per_second)
+    return max(found, key=lambda one: one.ann_recall)
 
 
 def _efforts(coarse: Coarse) -> Sequence[int | None]:
@@ -263,7 +274,7 @@ def _sufficient(
     """Yield settings that reach a recall with a margin, and their queries a second."""
     efforts = _efforts(coarse)
     fastest, at = 0.0, 0
-    refinements = sorted(REFINEMENTS)
+    refinements = [1] if is_lossless(coarse.index) else sorted(REFINEMENTS)
     # Along the edge of what is enough: less comparing as long as it is, more effort as soon as it is not.
     while at < len(efforts) and refinements:
         recalls, rate = _recalls(coarse, gallery, exam, efforts[at], refinements[-1])

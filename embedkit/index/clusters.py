@@ -34,7 +34,7 @@ BLOCK_BYTES = 64 << 20
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("embedkit")
 
 
 @dataclass(frozen=True)

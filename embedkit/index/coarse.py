@@ -190,6 +190,12 @@ def effort_name(index: Any) -> str | None:
     return "efSearch" if isinstance(inner, faiss.IndexHNSW) else None
 
 
+def is_lossless(index: Any) -> bool:
+    """Return whether an index compares whole vectors, so that more candidates than asked for find nothing better."""
+    found = faiss.downcast_index(index)
+    return isinstance(found, faiss.IndexHNSWFlat | faiss.IndexIVFFlat | faiss.IndexFlat)
+
+
 def effort_limit(index: Any) -> int:
     """Return the effort beyond which more finds no more."""
     inner = _innermost(index)

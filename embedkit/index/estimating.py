@@ -11,7 +11,7 @@ import numpy as np
 LONG_SECONDS = 10.0  # What is shorter needs no announcement.
 SAMPLE = (512, 4096)
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("embedkit")
 
 
 def announce(q: int, g: int, d: int, memory_bytes: int) -> None:

@@ -17,6 +17,7 @@ from embedkit.store import Store
 METRICS = ("cosine", "ip", "l2")
 GALLERY_BLOCK = 8192  # Rows: 40 MB of a wide float32 store.
 QUERY_BLOCK = 1024
+PRODUCTS = GALLERY_BLOCK * QUERY_BLOCK  # In memory at a time: 32 MB.
 READ_NUMBERS = 1 << 24  # Of embeddings that have to be turned into float32 to be scored: 64 MB.
 FEW_OPERATIONS = 1 << 21
 
@@ -142,7 +143,7 @@ class Gallery:
         # A few more than asked for, because products round otherwise than the scores in the end.
         heaps = _Heaps(len(queries), min(k + 8, total))
         done = 0
-        for rows, scales, block in self._blocks(chosen):
+        for rows, scales, block in self._blocks(chosen, len(queries)):
             for first in range(0, len(queries), QUERY_BLOCK):
                 heaps.add(first, self._likeness(queries[first : first + QUERY_BLOCK], block, scales), rows)
             done += len(rows)
@@ -168,7 +169,7 @@ class Gallery:
         found: list[list[Rows]] = [[] for _ in queries]
         squares = np.einsum("qd,qd->q", queries, queries)
         least = squares - min(max(radius, 0.0), 1e18) ** 2 if self.metric == "l2" else np.full(len(queries), radius)
-        for rows, scales, block in self._blocks(chosen):
+        for rows, scales, block in self._blocks(chosen, len(queries)):
             for first in range(0, len(queries), QUERY_BLOCK):
                 part = slice(first, first + QUERY_BLOCK)
                 bounds = least[part] - self._slack(np.sqrt(squares[part]), rows)
@@ -294,11 +295,15 @@ class Gallery:
     def _numbers(self) -> Rows:
         return np.arange(len(self))
 
-    def _blocks(self, chosen: Rows | None) -> Iterator[tuple[Rows, Vectors, Vectors]]:
-        """Yield rows, their scales and their embeddings as float32."""
+    def _blocks(self, chosen: Rows | None, queries: int) -> Iterator[tuple[Rows, Vectors, Vectors]]:
+        """Yield rows, their scales and their embeddings as float32.
+
+        Where the embeddings are mapped, a block costs no memory, and for few queries neither do its products.
+        """
         if chosen is None:
-            for number, block in enumerate(self.store.iter_blocks(GALLERY_BLOCK)):
-                part = slice(number * GALLERY_BLOCK, number * GALLERY_BLOCK + len(block))
+            step = max(GALLERY_BLOCK, PRODUCTS // max(1, queries)) if self._is_mapped else GALLERY_BLOCK
+            for number, block in enumerate(self.store.iter_blocks(step)):
+                part = slice(number * step, number * step + len(block))
                 yield self._numbers[part], self._scales[part], block
         else:
             for start in range(0, len(chosen), GALLERY_BLOCK):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 EXACT = "Flat"
 REFINEMENTS = (1, 2, 3, 5, 10, 20, 40)
-EFFORTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+EFFORTS = (
+    1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024,
+)  # fmt: skip
+WIDEST_CODE = 512  # Of four bits a coordinate.
 
 
 def list_factories(n: int, dim: int, metric: str) -> list[str]:
@@ -33,12 +36,17 @@ def list_factories(n: int, dim: int, metric: str) -> list[str]:
     'PCAR256,IVF1024,RaBitQfs'
     """
     lists = count_lists(n)
-    widths = [width for width in (128, 256) if width < dim] if metric != "ip" else []
     found = ["HNSW32", f"IVF{lists},Flat", f"IVF{lists},SQ8"]
-    found += [f"PCA{width},HNSW32" for width in widths[:1]]
-    found += [f"PCA{width},IVF{lists},PQ{width // 2}x4fs" for width in widths]
-    found += [f"IVF{lists},PQ{dim // 2}x4fs"] if dim <= 512 and dim % 2 == 0 else []
-    return [*found, f"PCAR{widths[-1]},IVF{lists},RaBitQfs" if widths else f"RR{dim},IVF{lists},RaBitQfs"]
+    if dim <= WIDEST_CODE:
+        found.append(f"IVF{lists},PQ{dim}x4fs")
+    narrow = max((width for width in (32, 64, 128) if width < dim), default=0) if metric != "ip" else 0
+    if narrow:
+        found += [f"PCA{narrow},HNSW32", f"PCA{narrow},IVF{lists},PQ{narrow}x4fs"]
+    turned = f"RR{dim}"
+    if dim > 256 and metric != "ip":
+        found.append(f"PCA256,IVF{lists},PQ128x4fs")
+        turned = "PCAR256"
+    return [*found, f"{turned},IVF{lists},RaBitQfs"]
 
 
 def count_lists(n: int) -> int:

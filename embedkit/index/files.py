@@ -114,8 +114,7 @@ def save(folder: Path, facts: Facts, arrays: dict[str, npt.NDArray[Any]], index:
     StoreFormatError
         When something else stands there.
     """
-    if os.path.lexists(folder) and not _is_ours(folder):
-        raise StoreFormatError(f"{folder} is something else than an index; name another place for it")
+    require_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
         vectors = None
@@ -136,6 +135,12 @@ def save(folder: Path, facts: Facts, arrays: dict[str, npt.NDArray[Any]], index:
                 with suppress(PermissionError):  # Windows removes no file that a reader has mapped.
                     old.unlink()
     return vectors
+
+
+def require_place(folder: Path) -> None:
+    """Raise StoreFormatError when something else than an index stands where one is to be written."""
+    if os.path.lexists(folder) and not _is_ours(folder):
+        raise StoreFormatError(f"{folder} is something else than an index; name another place for it")
 
 
 def _is_ours(folder: Path) -> bool:

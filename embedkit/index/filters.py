@@ -41,7 +41,7 @@ def mask_of(where: Where | None, store: Store) -> Mask | None:
     Raises
     ------
     EvaluationError
-        When a pattern has another form, or no class matches it, naming the closest.
+        When a pattern has another form, no class matches it, naming the closest, or it is an id that does not exist.
     IndexError
         When a mask has another shape, or a row does not exist.
     TypeError
@@ -94,8 +94,10 @@ def _matching(store: Store, pattern: str) -> Mask:
     """Return which rows match a pattern; a class that does not exist is more likely a slip than a question."""
     found = rows_matching(store, pattern)
     field, _, name = pattern.partition("=")
-    if field == "id" or found.any():
+    if found.any() or (field == "id" and any(sign in name for sign in "*?[")):
         return found
+    if field == "id":
+        raise EvaluationError(f"{store.path} has no id {name!r}; ids that begin so are {f'id={name}*'!r}")
     if not store.classes:
         raise EvaluationError(f"{store.path} has no labels, so that {pattern!r} matches nothing; use id=PATTERN")
     lower = {known.lower(): known for known in store.classes}

@@ -122,7 +122,7 @@ class Index:
         recall : float, optional
             Share of the exact ten neighbours that has to be found.
         max_memory : int, optional
-            Bytes that the index may take, beside the store.
+            Bytes that the index may take, beside the store. Without `recall`, that is 0.99 then.
         max_latency : float, optional
             Seconds that a single query may take.
         whiten : int, optional
@@ -375,7 +375,7 @@ class Index:
             Instead of the k nearest, everything at least so similar ("l2": at most so far), by exact search. `k` does
             not count then.
         exclude_self : bool, default False
-            Leave out the query itself: the row it is, or the rows with the same content as an image file.
+            Leave out the query itself: the row it is, or rows of the same content as a file. PIL images have none.
 
         Returns
         -------

@@ -225,6 +225,8 @@ def retrieval_report(
         "digest": query_store.digest,
         "metric": metric if index is None else index.metric,
         "search": "exact" if index is None else index.factory,
+        "whitened_to": None if index is None or index.gallery.whitening is None else index.gallery.whitening.dim,
+        "expansion": None if index is None else index.expansion,
         "ks": ks,
         "exclude_self": bool(exclude_self),
         "excluded": len(task.own[0]),

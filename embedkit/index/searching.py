@@ -31,7 +31,7 @@ def nearest(
     `placed` are queries as `Gallery.placed` returns them, `settings` the effort and the refine of a measurement.
     """
     few = keep is not None and int(keep.sum()) <= FEW_ROWS
-    if coarse is None or few or 4 * k > len(coarse) or (keep is not None and not coarse.takes_filters):
+    if coarse is None or not k or few or 4 * k > len(coarse) or (keep is not None and not coarse.takes_filters):
         if len(placed) * len(gallery) * placed.shape[1] >= LONG:
             announce(len(placed), len(gallery), placed.shape[1], gallery.count_bytes(len(placed), k))
         return gallery.search_placed(placed, k, keep=keep)

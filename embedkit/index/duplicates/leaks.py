@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.index.duplicates import announce
+from embedkit.index.duplicates.grouping import Rows, same_content, same_embedding
+from embedkit.index.duplicates.groups import announce
+from embedkit.index.duplicates.sketches import Sketch, Tile, plan, scores_of, tiles
+from embedkit.index.duplicates.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.index.exact import Gallery
-from embedkit.index.grouping import Rows, same_content, same_embedding
-from embedkit.index.sketches import Sketch, Tile, plan, scores_of, tiles
-from embedkit.index.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.store import Store
 from embedkit.text import counted
 
@@ -101,7 +101,7 @@ def find_leaks(
 
     Examples
     --------
-    >>> from embedkit.index.leaks import find_leaks
+    >>> from embedkit.index.duplicates.leaks import find_leaks
     >>> leaks = find_leaks("test.h5", "train.h5")  # doctest: +SKIP
     >>> [leaks.left.ids[row] for row in leaks.leaked]  # doctest: +SKIP
     ['cat/7.jpg']

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from embedkit.index.duplicates.grouping import Forest, Rows, firsts_of, same_content, same_embedding
+from embedkit.index.duplicates.sketches import Plan, Sketch, plan, scores_of, tiles
+from embedkit.index.duplicates.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.index.exact import Gallery
-from embedkit.index.grouping import Forest, Rows, firsts_of, same_content, same_embedding
 from embedkit.index.pictures import image_path
-from embedkit.index.sketches import Plan, Sketch, plan, scores_of, tiles
-from embedkit.index.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.store import Store
 from embedkit.store.format import decode_texts
 from embedkit.text import counted
@@ -188,7 +188,7 @@ def find_duplicates(
     --------
     >>> import numpy as np, tempfile
     >>> from embedkit import EmbeddingSpec, Store
-    >>> from embedkit.index.duplicates import find_duplicates
+    >>> from embedkit.index.duplicates.groups import find_duplicates
     >>> from embedkit.store import StoreWriter
     >>> folder = tempfile.TemporaryDirectory()
     >>> spec = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=2)
@@ -202,9 +202,9 @@ def find_duplicates(
     Notes
     -----
     Every pair is compared, and none is missed: most by an upper bound of their similarity that takes few of their
-    coordinates, as `embedkit.index.sketches` explains, the others by all of them. Boxes of one image, and frames of
-    one video, have hashes of their own: they are exact duplicates only of the same box of the same file, or the same
-    pixels. A zero vector is similar to nothing.
+    coordinates, as `embedkit.index.duplicates.sketches` explains, the others by all of them. Boxes of one image, and
+    frames of one video, have hashes of their own: they are exact duplicates only of the same box of the same file, or
+    the same pixels. A zero vector is similar to nothing.
     """
     store = store if isinstance(store, Store) else Store.open(store)
     wanted = None if threshold == "auto" else checked_threshold(float(threshold))

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from embedkit.index.duplicates import Duplicates, Group, Member
-from embedkit.index.leaks import Leaks
+from embedkit.index.duplicates.groups import Duplicates, Group, Member
+from embedkit.index.duplicates.leaks import Leaks
 from embedkit.index.page import picture_tag
 from embedkit.index.pictures import read_picture
 from embedkit.store import Store

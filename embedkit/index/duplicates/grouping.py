@@ -22,7 +22,7 @@ class Forest:
     Examples
     --------
     >>> import numpy as np
-    >>> from embedkit.index.grouping import Forest
+    >>> from embedkit.index.duplicates.grouping import Forest
     >>> forest = Forest(5)
     >>> forest.join(np.array([4, 2]), np.array([2, 1]))
     >>> forest.roots(np.arange(5)).tolist()

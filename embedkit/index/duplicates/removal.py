@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedkit.index.duplicates import Duplicates
-from embedkit.index.leaks import Leaks
+from embedkit.index.duplicates.groups import Duplicates
+from embedkit.index.duplicates.leaks import Leaks
 from embedkit.index.pictures import image_path
 from embedkit.store import Store
 

@@ -350,3 +350,33 @@ def test_targets_without_spread_and_labels_without_rows_are_refused(tmp_path, st
     split.write_text("path,split,label\n" + "".join(f"{row:03}.jpg,{part},{'a' * (row > 30)}\n" for row, part in rows))
     with pytest.raises(EvaluationError, match="none of 20 test rows has a label"):
         probe(stores[0], split=split, target="multi-label")
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"protocol": "dinov2-logreg"}, {"protocol": "clip-lbfgs"}, {"head": "mlp"}, {"folds": 2}, {"shots": 3}],
+    ids=str,
+)
+def test_a_device_reaches_the_head(stores, arguments):
+    train, test = stores
+    report = probe(train, None if "folds" in arguments else test, device="cpu:0", **arguments)
+    estimator = report.head.estimator
+    head = estimator[-1] if hasattr(estimator, "steps") else estimator
+    assert head.device == report.parameters["device"] == "cpu:0"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"protocol": "clip-lbfgs"}, {"head": "mlp"}], ids=str)
+def test_a_device_that_is_not_there_is_not_replaced(stores, arguments):
+    with pytest.raises(EvaluationError, match="cannot be fitted on the device 'cuda:77'"):
+        probe(*stores, device="cuda:77", **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"head": "ridge"}, {"protocol": "dino-knn"}, {"protocol": "mteb-image"}], ids=str
+)
+def test_a_head_of_the_cpu_refuses_another_device(stores, arguments):
+    with pytest.raises(EvaluationError, match="fitted on the CPU, not on 'cuda'; a device goes with logistic"):
+        probe(*stores, device="cuda", **arguments)

@@ -49,6 +49,7 @@ def probe(
     folds: int | None = None,
     target: str = "class",
     drop_leaks: bool = False,
+    device: str = "cpu",
     seed: int = 0,
     train_split: str = "train",
     test_split: str | None = None,
@@ -86,6 +87,9 @@ def probe(
         "regression", the numbers of the split file's column target.
     drop_leaks : bool, default False
         Whether to leave out training rows that show a picture of the test part. They are counted in any case.
+    device : str, default "cpu"
+        Where logistic regression and the perceptron are fitted, in torch's words, such as "cuda". Every other head
+        runs on the CPU and refuses another device.
     seed : int, default 0
         Draws the held-out rows, folds, shots and the bootstrap.
     train_split : str, default "train"
@@ -129,7 +133,7 @@ def probe(
     >>> folder.cleanup()
     """
     recipe = find_protocol(protocol, head)
-    options = _Options.checked(recipe, protocol, test, split, shots, seeds, folds, target, seed)
+    options = _Options.checked(recipe, protocol, test, split, shots, seeds, folds, target, seed, device)
     say = progress or _silent
     trained, tested, left_out = _parts(train, test, split, (train_split, test_split), options)
     log_differences(trained.store.spec, trained.store.recipe)
@@ -143,11 +147,11 @@ def probe(
     say(f"reading {len(trained.rows)} training and {len(tested.rows)} test rows")
     rows = Training(trained.embeddings(), training_targets(trained), target, trained.groups())
     labels = fitted_labels(trained) if target == "multi-label" else []
-    job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say)
+    job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say, device)
     outcome = _measure(job, tested, options)
     parameters = {
-        "protocol": protocol, "protocol_version": recipe.version, "task": target, "seed": seed, **recipe.settings(),
-        **outcome.choice, **options.told(),
+        "protocol": protocol, "protocol_version": recipe.version, "task": target, "seed": seed, "device": device,
+        **recipe.settings(), **outcome.choice, **options.told(),
     }  # fmt: skip
     if "k" in parameters:
         parameters["k"] = min(parameters["k"], len(rows.x))
@@ -173,7 +177,7 @@ class _Options:
     @classmethod
     def checked(
         cls, recipe: Protocol, name: str, test: Any, split: Any, shots: int | Sequence[int] | None, seeds: int | None,
-        folds: int | None, target: str, seed: int,
+        folds: int | None, target: str, seed: int, device: str,
     ) -> _Options:  # fmt: skip
         if seed < 0:
             raise EvaluationError(f"the seed must not be negative; got {seed}")
@@ -183,6 +187,11 @@ class _Options:
             raise EvaluationError(f"the protocol {name!r} is for classes; {target} goes with 'default'")
         if folds and test is not None:
             raise EvaluationError("folds cross-validate one store; leave the test store out, or the folds")
+        if device != "cpu" and not recipe.runs_on_devices(target):
+            raise EvaluationError(
+                f"the head of this probe is fitted on the CPU, not on {device!r}; a device goes with logistic "
+                "regression and the head 'mlp'"
+            )
         if not folds and (test is None) == (split is None):
             found = "neither" if test is None else "both"
             raise EvaluationError(

@@ -29,7 +29,7 @@ GRIDS: dict[str, tuple[str, tuple[float | int, ...]]] = {
 
 
 def fit_tuned(
-    name: str, rows: Training, *, fraction: float, seed: int, progress: Progress
+    name: str, rows: Training, *, fraction: float, seed: int, progress: Progress, device: str = "cpu"
 ) -> tuple[Any, dict[str, Any]]:
     """Fit a head by name, choosing its number in `GRIDS` on held-out training rows.
 
@@ -45,6 +45,8 @@ def fit_tuned(
         Draws them, and whatever the head draws.
     progress : callable
         Called with one line of text for each value.
+    device : str, default "cpu"
+        Where to fit a perceptron.
 
     Returns
     -------
@@ -54,7 +56,7 @@ def fit_tuned(
         "chosen" ``{parameter: value}``, "losses" ``{value: loss on the held-out rows}``, "criterion",
         "held_out_rows"; "note" where there was nothing to choose by.
     """
-    settings: dict[str, Any] = {"task": rows.task, "seed": seed}
+    settings: dict[str, Any] = {"task": rows.task, "seed": seed, "device": device}
     if name not in GRIDS:
         head = _made(name, {}, **settings)
         return head, {"chosen": {}, "converged": fit_quietly(head, rows.x, rows.y)}
@@ -92,10 +94,12 @@ def _losses(
         yield value, held_out_loss(head, queries, likely=name != "knn")
 
 
-def _made(name: str, parameters: dict[str, float], *, task: str, seed: int) -> Any:
+def _made(name: str, parameters: dict[str, float], *, task: str, seed: int, device: str) -> Any:
     head = make_head(name, task=task, **parameters)
     if "random_state" in head.get_params():
         head.set_params(random_state=seed)
+    if "device" in head.get_params():
+        head.set_params(device=device)
     return head
 
 

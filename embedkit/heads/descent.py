@@ -16,8 +16,9 @@ MEMORY = 60  # Pairs of steps and gradients that L-BFGS remembers, from one pena
 MEMORY_BYTES = 512 << 20  # What the pairs may take.
 ARMIJO = 1e-4
 LINE_TRIES = 25
-# Losses are sums of float32 terms: a change below this share of the loss may be rounding.
-ROUNDING = 3e-8
+# Losses come from float32 logits: a change below this, beside it and as a share of it, may be rounding.
+ROUNDING = 1e-6
+FLAT = 0.8  # A slope of at most this share of the first is progress.
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class Solution:
     curvature : tensor of shape (c,)
         Mean of p (1 - p) over the rows.
     gradient : float
-        Largest Euclidean norm of any class's part of the gradient of the objective.
+        Largest entry of the gradient of the objective by the weights of the centred embeddings and by the biases.
     iterations : int
         Steps taken.
     converged : bool
@@ -130,19 +131,25 @@ def solve(problem: Problem, C: float, start: Solution, *, max_iter: int, tol: fl
         loss, by_weights, by_bias, curvature = problem.losses(natural[:-1], natural[-1])
         gradient = torch.cat([by_weights, by_bias[None]]).add_(natural * ridge)
         value = float(loss) + 0.5 * penalty * float(torch.linalg.vector_norm(natural[:-1], dtype=torch.float64)) ** 2
-        return value, gradient.div_(scale), float(torch.linalg.vector_norm(gradient * scale, dim=0).max())
+        return value, gradient.div_(scale)
+
+    def small(gradient: torch.Tensor) -> bool:
+        natural = gradient * scale
+        # The largest entry is no smaller than this in any coordinates, and turning the gradient back is not free.
+        least = float(torch.linalg.vector_norm(natural[:-1], dim=0).max()) / problem.design.width**0.5
+        return least <= tol and problem.design.largest(natural) <= tol
 
     point = torch.cat([start.weights, start.bias[None]]) * scale
     pairs: Pairs = deque(maxlen=max(5, min(MEMORY, MEMORY_BYTES // (8 * point.numel()))))
     for change, bend in start.pairs:
         _remember(pairs, change * scale, torch.addcmul(bend, change, ridge).div_(scale))
-    point, gradient, iterations = _descend(evaluate, point, pairs, max_iter, tol)
-    natural = point / scale
+    point, slopes, iterations = _descend(evaluate, small, point, pairs, max_iter)
+    natural, gradient = point / scale, problem.design.largest(slopes * scale)
     kept = tuple((change / scale, torch.addcmul(bend * scale, change / scale, -ridge)) for change, bend, _ in pairs)
     return Solution(natural[:-1], natural[-1], curvature, gradient, iterations, gradient <= tol, kept)
 
 
-Evaluate = Callable[[torch.Tensor], tuple[float, torch.Tensor, float]]
+Evaluate = Callable[[torch.Tensor], tuple[float, torch.Tensor]]
 Pairs = deque[tuple[torch.Tensor, torch.Tensor, float]]
 
 
@@ -153,49 +160,51 @@ def _remember(pairs: Pairs, change: torch.Tensor, bend: torch.Tensor) -> None:
 
 
 def _descend(
-    evaluate: Evaluate, point: torch.Tensor, pairs: Pairs, max_iter: int, tol: float
-) -> tuple[torch.Tensor, float, int]:
-    """Return the last point, the norm of its gradient, and the number of L-BFGS steps."""
-    value, gradient, norm = evaluate(point)
-    for iteration in range(max_iter):
-        if norm <= tol:
-            return point, norm, iteration
+    evaluate: Evaluate,
+    small: Callable[[torch.Tensor], bool],
+    point: torch.Tensor,
+    pairs: Pairs,
+    max_iter: int,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return the last point, its gradient, and the number of L-BFGS steps, which end at a small gradient."""
+    value, gradient = evaluate(point)
+    iteration = 0
+    while iteration < max_iter and not small(gradient):
         step = _direction(gradient, pairs)
         slope = -_dot(gradient, step)
         if not slope < 0:
             pairs.clear()
             step, slope = gradient.clone(), -_dot(gradient, gradient)
         found = _search(evaluate, point, step, value, slope)
-        if found is None:
+        if found is None or torch.equal(found[0], point):  # float32 has no better point this way.
             if not pairs:
-                return point, norm, iteration
+                break
             pairs.clear()
             continue
-        new_point, (new_value, new_gradient, norm) = found
-        if torch.equal(new_point, point):  # float32 has no point between.
-            return point, norm, iteration
+        new_point, new_value, new_gradient = found
         _remember(pairs, new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
-    return point, norm, max_iter
+        iteration += 1
+    return point, gradient, iteration
 
 
 def _search(
     evaluate: Evaluate, point: torch.Tensor, step: torch.Tensor, value: float, slope: float
-) -> tuple[torch.Tensor, tuple[float, torch.Tensor, float]] | None:
-    """Return the first point against `step` that lowers the value enough, trying the whole step first."""
+) -> tuple[torch.Tensor, float, torch.Tensor] | None:
+    """Return the first point against `step` that is enough of an improvement, trying the whole step first."""
     length = 1.0
     for _ in range(LINE_TRIES):
         new_point = point - length * step
-        found = evaluate(new_point)
-        lower = found[0] <= value + ARMIJO * length * slope
-        # Where losses differ by rounding only, the slope tells whether the minimum was overshot (Hager and Zhang).
-        close = found[0] <= value + ROUNDING * abs(value) and -_dot(found[1], step) <= 0.8 * abs(slope)
-        if lower or close:
-            return new_point, found
-        # The minimum of the parabola through both values and the slope, within bounds.
-        bow = found[0] - value - length * slope
-        best = -slope * length * length / (2 * bow) if bow > 0 else 0.5 * length
-        length = min(max(best, 0.1 * length), 0.5 * length)
+        new_value, new_gradient = evaluate(new_point)
+        new_slope = -_dot(new_gradient, step)
+        lower = new_value <= value + ARMIJO * length * slope
+        # Near the minimum float32 cannot tell losses apart, but slopes (the approximate condition of Hager and Zhang,
+        # 2005). The loss is convex: while it still falls at the new point it has fallen all the way.
+        level = new_value <= value + ROUNDING * (1 + abs(value))
+        if lower or new_slope <= 0 or (level and new_slope <= FLAT * -slope):
+            return new_point, new_value, new_gradient
+        # The minimum of the parabola through both slopes, within bounds.
+        length *= min(max(0.1, slope / (slope - new_slope)), 0.5)
     return None
 
 

@@ -45,8 +45,19 @@ class Design:
     spectrum: torch.Tensor
 
     @classmethod
-    def of(cls, x: Array, chosen: npt.NDArray[np.int64], *, standardise: bool, device: str) -> Design:
-        """Return the design of some rows of a matrix, which is read block by block and never copied as a whole."""
+    def of(
+        cls,
+        x: Array,
+        chosen: npt.NDArray[np.int64],
+        *,
+        standardise: bool,
+        device: str,
+        directions: torch.Tensor | None = None,
+    ) -> Design:
+        """Return the design of some rows of a matrix, which is read block by block and never copied as a whole.
+
+        The `directions` of other rows like these, a whole basis, save the search for these rows' own.
+        """
         mean, variance = moments(x, chosen)
         scale = np.ones_like(mean)
         if standardise:  # A column without spread is left alone, as scikit-learn's scaler leaves it.
@@ -58,13 +69,15 @@ class Design:
             return cls(rows, mean, variance, scale, None, _tensor(variance / np.square(scale), device))
         if n < d:
             return cls._of_few(x, chosen, mean, variance, scale, device)
-        gram = torch.zeros(d, d, dtype=torch.float64, device=device)
-        for block in _standardised(x, chosen, mean, scale, device):
-            gram += block.T @ block
-        values, vectors = torch.linalg.eigh(gram / n)
-        directions = vectors.float().contiguous()
+        if directions is None or directions.shape != (d, d):
+            gram = torch.zeros(d, d, dtype=torch.float64, device=device)
+            for block in _standardised(x, chosen, mean, scale, device):
+                gram += block.T @ block
+            # Any basis is exact. That of float32 is as even as the solver needs, in half the time.
+            directions = torch.linalg.eigh((gram / n).float()).eigenvectors.contiguous()
         rows = _rows(x, chosen, mean, scale, directions, device)
-        return cls(rows, mean, variance, scale, directions, values.clamp_min(0).float())
+        spectrum = torch.linalg.vector_norm(rows, dim=0).square_().div_(n)
+        return cls(rows, mean, variance, scale, directions, spectrum)
 
     @classmethod
     def _of_few(
@@ -82,6 +95,17 @@ class Design:
         vectors = vectors[:, kept]
         directions = (few.T @ (vectors / lengths).float()).contiguous()
         return cls((vectors * lengths).float(), mean, variance, scale, directions, (values[kept] / len(few)).float())
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions of the embeddings, d."""
+        return len(self.mean)
+
+    def largest(self, gradient: torch.Tensor) -> float:
+        """Return the largest entry of a gradient of shape (r + 1, c), the last row the biases', in all d dimensions."""
+        by_weights, by_bias = gradient[:-1], gradient[-1]
+        wide = by_weights if self.directions is None else self.directions @ by_weights
+        return max(float(wide.abs().max()), float(by_bias.abs().max()))
 
     def project(self, x: Array, chosen: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return other rows in this design's coordinates, of shape (q, r)."""

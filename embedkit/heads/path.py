@@ -27,11 +27,12 @@ WORST_LOSS = -float(np.log(np.finfo(np.float32).tiny))
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where a path may begin: another path's classes, its weights (c, d), and the rest of its solution."""
+    """Where a path may begin: another path's classes, weights (c, d), directions, and the rest of its solution."""
 
     classes: Array
     weights: Array
     solution: Solution
+    directions: torch.Tensor | None
 
 
 class Path:
@@ -49,6 +50,8 @@ class Path:
         Whether columns are scaled by the kept rows.
     device : str
         Where to compute.
+    start : Start, optional
+        The solution of other rows like these, to begin with where the classes are the same.
 
     Attributes
     ----------
@@ -59,7 +62,14 @@ class Path:
     """
 
     def __init__(
-        self, x: Array, y: Array, kept: npt.NDArray[np.int64], *, standardise: bool, device: str = "cpu"
+        self,
+        x: Array,
+        y: Array,
+        kept: npt.NDArray[np.int64],
+        *,
+        standardise: bool,
+        device: str = "cpu",
+        start: Start | None = None,
     ) -> None:
         require_device(device)
         import torch
@@ -69,9 +79,12 @@ class Path:
 
         self.labels = encode(y[kept])
         self.standardise = standardise
-        self.design: Design = Design.of(x, kept, standardise=standardise, device=device)
+        directions = None if start is None else start.directions
+        self.design: Design = Design.of(x, kept, standardise=standardise, device=device, directions=directions)
         self.problem = Problem(self.design, torch.as_tensor(self.labels.targets, device=device), self.labels.columns)
         self.solution: Solution = self.problem.start()
+        if start is not None and np.array_equal(self.labels.classes, start.classes):
+            self.solution = dataclasses.replace(start.solution, weights=self.design.contract(start.weights))
         self._dtype = np.float64 if x.dtype == np.float64 else np.float32
 
     def step(self, C: float, *, max_iter: int, tol: float) -> bool:
@@ -83,13 +96,8 @@ class Path:
 
     def state(self) -> Start:
         """Return the solution in terms that do not depend on the rows."""
-        solution = self.solution
-        return Start(self.labels.classes, self.design.expand(solution.weights), dataclasses.replace(solution, pairs=()))
-
-    def begin_at(self, start: Start) -> None:
-        """Start from another path's solution, where it has the same classes."""
-        if np.array_equal(self.labels.classes, start.classes):
-            self.solution = dataclasses.replace(start.solution, weights=self.design.contract(start.weights))
+        solution, design = dataclasses.replace(self.solution, pairs=()), self.design
+        return Start(self.labels.classes, design.expand(solution.weights), solution, design.directions)
 
     def weights(self) -> tuple[Array, Array]:
         """Return weights (c, d) and intercepts (c,), for standardised rows where these are."""

@@ -210,9 +210,7 @@ def _fit_all(head: Pipeline, x: Array, labels: Array, start: Start | None) -> No
     """Fit a pipeline to all rows without the copies that its steps would make."""
     regression = head["regression"]
     standardise = "scaler" in head.named_steps
-    path = Path(x, labels, np.arange(len(x)), standardise=standardise, device=regression.device)
-    if start is not None:
-        path.begin_at(start)
+    path = Path(x, labels, np.arange(len(x)), standardise=standardise, device=regression.device, start=start)
     path.step(regression.C, max_iter=regression.max_iter, tol=regression.tol)
     regression.adopt(path)
     if standardise:

@@ -64,6 +64,21 @@ def test_knn_weighs_one_near_neighbour_above_two_far_ones():
     assert WeightedKNN(k=3, temperature=100).fit(train, ["near", "far", "far"]).predict(query).tolist() == ["far"]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_knn_search_equals_sorting_all_similarities(dtype):
+    random = np.random.default_rng(3)
+    train, queries = random.normal(size=(90, 6)).astype(dtype), random.normal(size=(11, 6)).astype(dtype)
+    head = WeightedKNN(k=4).fit(train, np.arange(90) % 3)
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, train)]
+    similar = unit[0] @ unit[1].T
+    for k in (1, 4, 90, 200):
+        scores, rows = head.search(queries, k)
+        np.testing.assert_array_equal(rows, np.argsort(-similar, axis=1)[:, :k])
+        np.testing.assert_allclose(scores, -np.sort(-similar, axis=1)[:, :k], rtol=1e-5, atol=1e-6)
+        assert scores.dtype == dtype
+    assert head.search(queries)[1].shape == (11, 4)
+
+
 def test_knn_survives_a_temperature_at_which_exp_overflows():
     head = WeightedKNN(k=2, temperature=1e-6).fit(np.eye(2, dtype=np.float32), ["a", "b"])
     assert head.predict_proba(np.array([[1.0, 0.5]], dtype=np.float32)).tolist() == [[1.0, 0.0]]

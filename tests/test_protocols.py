@@ -88,11 +88,14 @@ def test_dino_knn_reports_every_k_and_chooses_none():
     rows = Training(*blobs())
     head, choice, _ = fitted("dino-knn", rows)
     assert choice == {"head": "knn", "chosen": {"k": 20, "T": 0.07}}
-    others = PROTOCOLS["dino-knn"].companions(head, rows)
-    assert list(others) == ["10", "100", "200"] and head.k == 20
     queries = blobs(seed=5)[0]
-    expected = WeightedKNN(k=10).fit(rows.x, rows.y).predict(queries)
-    np.testing.assert_array_equal(others["10"].predict(queries), expected)
+    jury = PROTOCOLS["dino-knn"].jury(head, rows, queries)
+    assert list(jury.beside) == ["10", "100", "200"] and head.k == 20
+    for k, known in {20: jury.main, 10: jury.beside["10"], 100: jury.beside["100"]}.items():
+        expected = WeightedKNN(k=k).fit(rows.x, rows.y)
+        np.testing.assert_array_equal(known.predict(jury.questions), expected.predict(queries))
+        few = jury.questions[7:12]
+        np.testing.assert_allclose(known.predict_proba(few), expected.predict_proba(queries[7:12]), atol=1e-6)
 
 
 # dinov2-logreg and clip-lbfgs

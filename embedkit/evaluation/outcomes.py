@@ -68,12 +68,12 @@ class Outcome:
 def measure_once(job: Job, queries: npt.NDArray[Any]) -> Outcome:
     """Fit to all training rows and score the test rows, of embeddings of shape (q, d)."""
     estimator, choice = job.fit(job.rows, seed=job.seed, progress=job.progress)
-    companions = job.protocol.companions(estimator, job.rows)
-    job.progress("scoring the linear head and the k-NN head" if "knn" in companions else "scoring the test rows")
-    found = predict_rows(estimator, queries, job.truth, job.labels)
+    job.progress("scoring the test rows")
+    jury = job.protocol.jury(estimator, job.rows, queries)
+    found = predict_rows(jury.main, jury.questions, job.truth, job.labels)
     metrics = score_rows(found, job.truth, seed=job.seed)
-    for name, companion in companions.items():
-        codes = np.searchsorted(np.array(job.truth.classes), companion.predict(queries))
+    for name, companion in jury.beside.items():
+        codes = np.searchsorted(np.array(job.truth.classes), companion.predict(jury.questions))
         correct = codes == job.truth.values
         if name == "knn":
             found |= {"linear": found["predicted"], "knn": codes}

@@ -5,13 +5,13 @@ A protocol sees training rows only; whatever it chooses, it chooses on rows that
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.folding import hold_out
@@ -27,10 +27,30 @@ from embedkit.heads import (
     logistic_regression,
     sweep_logistic,
 )
+from embedkit.heads.neighbours import KnownNeighbours
 from embedkit.heads.plain import plain_logistic
 
 Progress = Callable[[str], None]
 Fitted = tuple[Any, dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Jury:
+    """What is asked about test rows.
+
+    Parameters
+    ----------
+    main : estimator
+        The protocol's head.
+    beside : dict of str to estimator
+        Others, by name.
+    questions : array
+        What they are asked: embeddings of shape (q, d), or numbers of queries that were searched for before.
+    """
+
+    main: Any
+    beside: dict[str, Any]
+    questions: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -74,9 +94,9 @@ class Protocol:
         """Return whether the head for a task can be fitted elsewhere than on the CPU."""
         return False
 
-    def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
-        """Return further fitted heads by name that are scored beside the protocol's, and never chosen from."""
-        return {}
+    def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
+        """Return what is scored on the test rows: the fitted head, and others beside it that are never chosen from."""
+        return Jury(estimator, {}, queries)
 
     def settings(self) -> dict[str, Any]:
         """Return the protocol's fields, which a report repeats."""
@@ -147,11 +167,10 @@ class Default(Protocol):
         """Return True for logistic regression and the perceptron."""
         return self.head_name in ("logistic", "mlp") and (self.head is not None or task != "regression")
 
-    def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
-        """Return the k-NN head, for classes."""
-        if rows.task != "class":
-            return {}
-        return {"knn": WeightedKNN(k=self.k, temperature=self.temperature).fit(rows.x, rows.y)}
+    def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
+        """Return the head, and for classes the k-NN head beside it."""
+        knn = WeightedKNN(k=self.k, temperature=self.temperature)
+        return Jury(estimator, {"knn": knn.fit(rows.x, rows.y)} if rows.task == "class" else {}, queries)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that matter, without an estimator, which JSON cannot hold."""
@@ -197,9 +216,11 @@ class DinoKNN(Protocol):
         """What an estimate of memory calls the head."""
         return "knn"
 
-    def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
-        """Return the k-NN heads of the other k, over the same rows in memory."""
-        return {str(k): copy.copy(estimator).set_params(k=k) for k in self.ks if k != self.k}
+    def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
+        """Return the heads of all k, over one search."""
+        scores, nearest = estimator.search(queries, max(self.k, *self.ks))
+        heads = {str(k): KnownNeighbours(estimator, scores, nearest, k) for k in (self.k, *self.ks)}
+        return Jury(heads.pop(str(self.k)), heads, np.arange(len(queries)))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from embedkit.evaluation import PROTOCOLS, Protocol
 from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.protocols import find_protocol
 from embedkit.evaluation.targets import Training
+from embedkit.evaluation.tuning import GRIDS, PATIENCE
 from embedkit.heads import C_GRID, WeightedKNN, make_head
 
 CLASSES = np.array(["daisy", "rose", "tulip"])
@@ -184,7 +185,7 @@ def test_default_chooses_the_k_of_a_k_nn_head_on_held_out_rows():
     head, choice, lines = fitted("default", Training(*blobs()), head="knn")
     assert choice["head"] == "knn" and choice["criterion"] == "error" and choice["held_out_rows"] == 18
     assert head.k == choice["chosen"]["k"] == min(choice["losses"], key=choice["losses"].__getitem__)
-    assert len(lines) == len(choice["losses"])
+    assert len(lines) == len(choice["losses"]) + 1
 
 
 def test_ridge_is_chosen_from_one_sweep_as_from_single_fits():
@@ -245,3 +246,15 @@ def test_copies_are_never_on_both_sides_of_a_choice(name):
 
 def test_the_grid_of_the_default_protocol_is_the_heads():
     assert PROTOCOLS["default"].C_grid == C_GRID
+
+
+def test_a_support_vector_machine_stops_trying_where_it_only_gets_worse():
+    rows = Training(*blobs(300, spread=3))
+    head, choice, lines = fitted("default", rows, head="svm")
+    losses = list(choice["losses"].values())
+    best = losses.index(min(losses))
+    assert choice["chosen"] == {"C": list(choice["losses"])[best]} == {"C": head["svm"].C}
+    tried = GRIDS["svm"][1][: len(losses)]
+    assert tuple(choice["losses"]) == tried and len(lines) == len(tried) + 1
+    worse = [loss > min(losses[: number + 1]) for number, loss in enumerate(losses)]
+    assert len(tried) == len(GRIDS["svm"][1]) or worse[-PATIENCE["svm"] :] == [True] * PATIENCE["svm"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ GRIDS: dict[str, tuple[str, tuple[float | int, ...]]] = {
     "knn": ("k", (200, 100, 50, 20, 10, 5, 1)),
     "mlp": ("weight_decay", (1e-2, 1e-3, 1e-4)),
 }
+# Each larger C of a support vector machine takes longer, the last one a hundred times as long as the first: after so
+# many values in a row that are worse than the best, the others are left out.
+PATIENCE = {"svm": 3}
 
 
 def fit_tuned(
@@ -60,7 +64,7 @@ def fit_tuned(
     if name not in GRIDS:
         head = _made(name, {}, **settings)
         return head, {"chosen": {}, "converged": fit_quietly(head, rows.x, rows.y)}
-    parameter, grid = GRIDS[name]
+    parameter = GRIDS[name][0]
     held = hold_out(len(rows.x), fraction, seed, strata=rows.strata, groups=rows.groups)
     choice: dict[str, Any] = {"chosen": {}, "held_out_rows": int(held.sum()), "losses": {}}
     if held.any():
@@ -70,10 +74,11 @@ def fit_tuned(
                 f"{parameter} = {value:g}: {choice['criterion']} {loss:.4f} on {int(held.sum())} held-out training rows"
             )
         # min returns the first of equals.
-        choice["chosen"] = {parameter: min(grid, key=choice["losses"].__getitem__)}
+        choice["chosen"] = {parameter: min(choice["losses"], key=choice["losses"].__getitem__)}
     else:
         choice["note"] = f"every class has one training row, so none could be held out to choose {parameter} by"
     head = _made(name, choice["chosen"], **settings)
+    progress(f"fitting to all {len(rows.x):,} training rows")
     choice["converged"] = fit_quietly(head, rows.x, rows.y)
     return head, choice
 
@@ -81,17 +86,22 @@ def fit_tuned(
 def _losses(
     name: str, rows: Training, held: npt.NDArray[np.bool_], settings: dict[str, Any]
 ) -> Iterator[tuple[float, tuple[float, str]]]:
-    """Yield every value of a head's grid, and how wrong the head with it is about the held-out rows."""
+    """Yield values of a head's grid, and how wrong the head with it is about the held-out rows."""
     parameter, grid = GRIDS[name]
     kept, queries = rows.take(~held), rows.take(held)
     if name == "ridge":  # All of them from one eigendecomposition.
         for value, answers in ridge_sweep(rows.x, rows.y, held, grid, task=rows.task).items():
             yield value, answer_loss(answers, queries)
         return
+    best, worse = math.inf, 0
     for value in grid:
         head = _made(name, {parameter: value}, **settings)
         fit_quietly(head, kept.x, kept.y)
-        yield value, held_out_loss(head, queries, likely=name != "knn")
+        loss, criterion = held_out_loss(head, queries, likely=name != "knn")
+        yield value, (loss, criterion)
+        best, worse = min(best, loss), worse + 1 if loss > best else 0
+        if worse == PATIENCE.get(name):
+            return
 
 
 def _made(name: str, parameters: dict[str, float], *, task: str, seed: int, device: str) -> Any:

@@ -8,7 +8,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
 from embedkit.errors import EvaluationError
-from embedkit.heads import LogisticHead, design, fit_logistic, sweep_logistic
+from embedkit.heads import LogisticHead, descent, design, fit_logistic, sweep_logistic
 from embedkit.heads.design import Design
 
 
@@ -149,5 +149,5 @@ def test_blocks_change_nothing(monkeypatch):
     x, y = problem(300, 6, 3)
     usual = LogisticHead(0.1, tol=1e-6).fit(x, y)
     monkeypatch.setattr(design, "ROWS", 32)
-    monkeypatch.setattr("embedkit.heads.descent.CACHED_ROWS", 17)
+    monkeypatch.setattr(descent, "ROWS", 17)
     np.testing.assert_allclose(LogisticHead(0.1, tol=1e-6).fit(x, y).coef_, usual.coef_, atol=1e-4)

@@ -10,9 +10,7 @@ import torch
 
 from embedkit.heads.design import ROWS, Design
 
-CACHED_ROWS = 512  # A block that stays in the processor's cache between the products with weights and with gradients.
-FEW_CLASSES = 32  # Up to here those products wait for memory; beyond, larger blocks keep the processor busier.
-MEMORY = 60  # Pairs of steps and gradients that L-BFGS remembers, from one penalty to the next.
+MEMORY = 30  # Pairs of steps and gradients that L-BFGS remembers, from one penalty to the next.
 MEMORY_BYTES = 512 << 20  # What the pairs may take.
 ARMIJO = 1e-4
 LINE_TRIES = 25
@@ -85,38 +83,44 @@ class Problem:
     def losses(
         self, weights: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the mean loss, its gradients by weights and by bias, and the curvature, block by block."""
+        """Return the mean loss, its gradients by weights and by bias, and the curvature, block by block.
+
+        Classes lie along the first axis inside: for few of them these products are three times as fast.
+        """
         rows = self.design.rows
         n = len(rows)
         loss = torch.zeros((), dtype=torch.float64, device=rows.device)
+        weights = weights.T.contiguous()
         by_weights, by_bias, curvature = torch.zeros_like(weights), torch.zeros_like(bias), torch.zeros_like(bias)
-        size = CACHED_ROWS if self.classes <= FEW_CLASSES and rows.device.type == "cpu" else ROWS
-        for start in range(0, n, size):
-            block, targets = rows[start : start + size], self.targets[start : start + size]
-            logits = torch.addmm(bias, block, weights)
+        for start in range(0, n, ROWS):
+            block, targets = rows[start : start + ROWS], self.targets[start : start + ROWS]
+            logits = torch.addmm(bias[:, None], weights, block.T)
             if targets.ndim == 1:
-                places = targets[:, None]
-                norms = logits.logsumexp(dim=1, keepdim=True)
-                loss += (norms - logits.gather(1, places)).sum(dtype=torch.float64)
+                places = targets[None]
+                norms = logits.logsumexp(dim=0, keepdim=True)
+                loss += (norms - logits.gather(0, places)).sum(dtype=torch.float64)
                 shares = logits.sub_(norms).exp_()
-                sums = shares.sum(dim=0)
-                curvature += sums - torch.linalg.vector_norm(shares, dim=0).square_()
-                shares.scatter_add_(1, places, shares.new_full((), -1.0).expand(len(shares), 1))
             else:
+                targets = targets.T
                 loss += (torch.nn.functional.softplus(logits) - targets * logits).sum(dtype=torch.float64)
                 shares = logits.sigmoid_()
-                curvature += shares.sum(dim=0) - torch.linalg.vector_norm(shares, dim=0).square_()
+            curvature += shares.sum(dim=1) - torch.linalg.vector_norm(shares, dim=1).square_()
+            if targets.ndim == 1:
+                shares.scatter_add_(0, places, shares.new_full((), -1.0).expand(1, len(block)))
+            else:
                 shares.sub_(targets)
-            by_weights.addmm_(block.T, shares)
-            by_bias += shares.sum(dim=0)
-        return loss / n, by_weights.div_(n), by_bias.div_(n), curvature.div_(n)
+            by_weights.addmm_(shares, block)
+            by_bias += shares.sum(dim=1)
+        return loss / n, by_weights.div_(n).T, by_bias.div_(n), curvature.div_(n)
 
 
 def solve(problem: Problem, C: float, start: Solution, *, max_iter: int, tol: float) -> Solution:
     """Minimise the mean loss plus ``|weights|^2 / (2 C n)``, from a solution for another C.
 
-    The objective is scikit-learn's. Coordinates are scaled by the root of the curvature that the start lets expect,
-    in which L-BFGS needs few steps: the Hessian is about ``curvature * spectrum + 1 / (C n)``.
+    The objective is scikit-learn's, and so is what counts as converged: no entry of the gradient is above `tol`.
+
+    Coordinates are scaled by the root of the curvature that the start lets expect, in which L-BFGS needs few steps:
+    the Hessian is about ``curvature * spectrum + 1 / (C n)``.
     """
     penalty = 1 / (C * len(problem.design.rows))
     spread = torch.cat([problem.design.spectrum, problem.design.spectrum.new_ones(1)])[:, None]
@@ -125,7 +129,7 @@ def solve(problem: Problem, C: float, start: Solution, *, max_iter: int, tol: fl
     scale = (spread * start.curvature.clamp_min(1e-6) + ridge).clamp_min(1e-12).sqrt_()
     curvature = start.curvature
 
-    def evaluate(point: torch.Tensor) -> tuple[float, torch.Tensor, float]:
+    def evaluate(point: torch.Tensor) -> tuple[float, torch.Tensor]:
         nonlocal curvature
         natural = point / scale
         loss, by_weights, by_bias, curvature = problem.losses(natural[:-1], natural[-1])
@@ -140,13 +144,17 @@ def solve(problem: Problem, C: float, start: Solution, *, max_iter: int, tol: fl
         return least <= tol and problem.design.largest(natural) <= tol
 
     point = torch.cat([start.weights, start.bias[None]]) * scale
+    value, gradient = evaluate(point)
+    if small(gradient):
+        largest = problem.design.largest(gradient * scale)
+        return Solution(start.weights, start.bias, curvature, largest, 0, True, start.pairs)
     pairs: Pairs = deque(maxlen=max(5, min(MEMORY, MEMORY_BYTES // (8 * point.numel()))))
     for change, bend in start.pairs:
         _remember(pairs, change * scale, torch.addcmul(bend, change, ridge).div_(scale))
-    point, slopes, iterations = _descend(evaluate, small, point, pairs, max_iter)
-    natural, gradient = point / scale, problem.design.largest(slopes * scale)
+    point, gradient, iterations = _descend(evaluate, small, (point, value, gradient), pairs, max_iter)
+    natural, largest = point / scale, problem.design.largest(gradient * scale)
     kept = tuple((change / scale, torch.addcmul(bend * scale, change / scale, -ridge)) for change, bend, _ in pairs)
-    return Solution(natural[:-1], natural[-1], curvature, gradient, iterations, gradient <= tol, kept)
+    return Solution(natural[:-1], natural[-1], curvature, largest, iterations, largest <= tol, kept)
 
 
 Evaluate = Callable[[torch.Tensor], tuple[float, torch.Tensor]]
@@ -162,12 +170,12 @@ def _remember(pairs: Pairs, change: torch.Tensor, bend: torch.Tensor) -> None:
 def _descend(
     evaluate: Evaluate,
     small: Callable[[torch.Tensor], bool],
-    point: torch.Tensor,
+    start: tuple[torch.Tensor, float, torch.Tensor],
     pairs: Pairs,
     max_iter: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return the last point, its gradient, and the number of L-BFGS steps, which end at a small gradient."""
-    value, gradient = evaluate(point)
+    point, value, gradient = start
     iteration = 0
     while iteration < max_iter and not small(gradient):
         step = _direction(gradient, pairs)

@@ -12,7 +12,7 @@ import torch
 
 Array = npt.NDArray[Any]
 
-ROWS = 8192  # Of one block: 40 MB of a wide matrix, and as much for the logits of 1,000 classes.
+ROWS = 4096  # Of one block: 20 MB of a wide matrix, near the processor, and 16 MB of logits for 1,000 classes.
 WIDEST = 4096  # Beyond it, eigenvectors cost more than they save.
 LEAST_SHARE = 1e-10  # Variance, as a share of the largest, below which a direction is rounding.
 
@@ -139,9 +139,9 @@ def _standardised(
     x: Array, chosen: npt.NDArray[np.int64], mean: Array, scale: Array, device: str
 ) -> Iterator[torch.Tensor]:
     """Yield blocks of rows on the device, centred and scaled."""
-    for start in range(0, len(chosen), ROWS // 4):
+    for start in range(0, len(chosen), ROWS // 2):
         # Centred in float64, so that a large mean costs no digits.
-        yield _tensor((x[chosen[start : start + ROWS // 4]] - mean) / scale, device)
+        yield _tensor((x[chosen[start : start + ROWS // 2]] - mean) / scale, device)
 
 
 def _rows(

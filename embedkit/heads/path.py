@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.heads.devices import require_device
+from embedkit.heads.devices import require_device, threads_for
 from embedkit.heads.labels import encode
 
 if TYPE_CHECKING:  # torch is imported when something is fitted: predicting does without.
@@ -59,6 +59,8 @@ class Path:
         Of the kept rows.
     solution : Solution
         Of the last C; zero weights at first.
+    work : float
+        Multiplications of one product of rows and weights.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class Path:
 
         self.labels = encode(y[kept])
         self.standardise = standardise
+        self.work = float(len(kept)) * x.shape[1] * self.labels.columns
         directions = None if start is None else start.directions
-        self.design: Design = Design.of(x, kept, standardise=standardise, device=device, directions=directions)
+        with threads_for(self.work):
+            self.design: Design = Design.of(x, kept, standardise=standardise, device=device, directions=directions)
         self.problem = Problem(self.design, torch.as_tensor(self.labels.targets, device=device), self.labels.columns)
         self.solution: Solution = self.problem.start()
         if start is not None and np.array_equal(self.labels.classes, start.classes):
@@ -91,7 +95,8 @@ class Path:
         """Move the solution to another C; return whether it converged."""
         from embedkit.heads.descent import solve
 
-        self.solution = solve(self.problem, C, self.solution, max_iter=max_iter, tol=tol)
+        with threads_for(self.work):
+            self.solution = solve(self.problem, C, self.solution, max_iter=max_iter, tol=tol)
         return self.solution.converged
 
     def state(self) -> Start:
@@ -129,7 +134,8 @@ class HeldOut:
         import torch
 
         self.path, self.criterion = path, criterion
-        self.rows = path.design.project(x, rows)
+        with threads_for(path.work):
+            self.rows = path.design.project(x, rows)
         codes = path.labels.codes_of(y[rows])
         self.codes = torch.as_tensor(codes, device=self.rows.device)
 
@@ -138,13 +144,18 @@ class HeldOut:
 
     def score(self) -> float:
         """Return the mean log-loss, or the share of right answers; a class that no kept row has is never right."""
+        with threads_for(self.path.work):
+            return self._score()
+
+    def _score(self) -> float:
         import torch
 
         solution = self.path.solution
         total = 0.0
         for start in range(0, len(self.rows), 8192):
             codes = self.codes[start : start + 8192]
-            logits = torch.addmm(solution.bias, self.rows[start : start + 8192], solution.weights)
+            rows = self.rows[start : start + 8192]
+            logits = torch.addmm(solution.bias[:, None], solution.weights.T, rows.T).T
             if codes.ndim == 1 and logits.shape[1] == 1:
                 logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
             right, losses = (_several if codes.ndim == 2 else _single)(logits, codes)

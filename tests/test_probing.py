@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation import PROTOCOLS, FittedHead, compare, probe
@@ -121,6 +123,14 @@ def test_an_estimator_of_scikit_learn_is_a_head(stores):
 
 
 # Few-shot
+
+
+def test_scores_of_pairs_of_classes_rank_nothing(tmp_path):
+    x = np.random.default_rng(0).normal(size=(64, DIM))
+    store = write_store(tmp_path / "store.h5", x, [f"class {row % 8}" for row in range(64)])
+    assert "top5" not in probe(store, folds=2, head=SVC(decision_function_shape="ovo")).metrics
+    metrics = probe(store, folds=2, head=SVC()).metrics
+    assert metrics["top5"] >= metrics["top1"]
 
 
 def test_few_shot_reports_the_mean_and_students_interval_over_seeds(stores):
@@ -243,6 +253,17 @@ def test_a_label_that_training_lacks_is_never_predicted_and_counted(tmp_path):
     assert report.inputs["unseen_classes"] == {"zinnia": 1}
     assert not report.predictions["predicted"][:, column].any()
     assert report.metrics["per_class"]["zinnia"] == pytest.approx(1 / 40)
+
+
+def test_a_label_that_the_other_folds_lack_scores_nothing(tmp_path):
+    """scikit-learn gives such a label one column of probabilities, that of not having it."""
+    x, names, _ = labelled(60, 0)
+    names = [f"{name};rare" if row == 7 else f"{name};other" for row, name in enumerate(names)]
+    store = write_store(tmp_path / "tags.h5", x, names)
+    report = probe(store, folds=5, target="multi-label", head=RandomForestClassifier(5, random_state=0))
+    rare, fold = report.classes.index("rare"), report.predictions["fold"]
+    assert not report.predictions["scores"][fold == fold[7], rare].any()
+    assert report.predictions["scores"][fold == fold[7], report.classes.index("other")].mean() > 0.9
 
 
 # Numbers

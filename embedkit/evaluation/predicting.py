@@ -21,6 +21,7 @@ from embedkit.errors import EvaluationError, ImageError, SpecMismatchError
 from embedkit.evaluation.scoring import label_columns
 from embedkit.extraction import Embedded, embed_batches, listed
 from embedkit.heads import load_head
+from embedkit.images.formats import PAD_ADVICE
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store
 from embedkit.store.durable import aside, publish_over
@@ -268,8 +269,11 @@ def _of_images(
     def embedded() -> Iterator[_Embedded]:
         for batch in batches:
             good = zip((entry.id for entry in batch.items), batch.embeddings, strict=True)
-            # Under the image's own id: a decoder may know the file only.
-            bad = ((entry.id, ImageError(entry.id, error.reason, error.kind)) for entry, error in batch.failures)
+            # Under the image's own id: a decoder may know the file only. How images are read, the head has settled.
+            bad = (
+                (entry.id, ImageError(entry.id, error.reason.removesuffix(PAD_ADVICE), error.kind))
+                for entry, error in batch.failures
+            )
             yield from heapq.merge(good, bad, key=_by_bytes)
 
     with closing(batches):

@@ -83,6 +83,19 @@ def test_the_choice_by_accuracy_takes_the_smaller_C_of_equals():
     assert choice["C"] == 0.1 and list(choice["C_scores"]) == [0.1, 10.0]
 
 
+def test_a_sweep_by_log_loss_ends_where_it_only_gets_worse():
+    x, y = problem(60, 30, 3)
+    held = np.arange(60) % 3 == 0
+    grid = tuple(float(C) for C in 10.0 ** np.arange(-4, 6))
+    _, choice = fit_logistic(x, y, held_out=held, C_grid=grid)
+    every, _ = sweep_logistic(x, y, held, grid)
+    tried = list(choice["C_losses"])
+    assert [*tried, *choice["C_not_tried"]] == list(grid) and choice["C_not_tried"]
+    assert choice["C"] == min(every, key=every.get) == tried[-4]
+    _, by_accuracy = fit_logistic(x, y, held_out=held, C_grid=grid, criterion="accuracy")
+    assert list(by_accuracy["C_scores"]) == list(grid) and by_accuracy["C_not_tried"] == []
+
+
 def test_rows_to_hold_out_may_be_named():
     x, y = problem(100, 3, 2)
     held = np.arange(100) < 30

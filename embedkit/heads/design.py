@@ -104,7 +104,7 @@ class Design:
     def largest(self, gradient: torch.Tensor) -> float:
         """Return the largest entry of a gradient of shape (r + 1, c), the last row the biases', in all d dimensions."""
         by_weights, by_bias = gradient[:-1], gradient[-1]
-        wide = by_weights if self.directions is None else self.directions @ by_weights
+        wide = by_weights if self.directions is None else by_weights.T @ self.directions.T
         return max(float(wide.abs().max()), float(by_bias.abs().max()))
 
     def project(self, x: Array, chosen: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -139,9 +139,18 @@ def _standardised(
     x: Array, chosen: npt.NDArray[np.int64], mean: Array, scale: Array, device: str
 ) -> Iterator[torch.Tensor]:
     """Yield blocks of rows on the device, centred and scaled."""
+    # A large mean costs no digits: it is taken away in float64, or in two parts from rows of float32.
+    high = mean.astype(np.float32)
+    low, shrink = (mean - high).astype(np.float32), (1 / scale).astype(np.float32)
     for start in range(0, len(chosen), ROWS // 2):
-        # Centred in float64, so that a large mean costs no digits.
-        yield _tensor((x[chosen[start : start + ROWS // 2]] - mean) / scale, device)
+        block = x[chosen[start : start + ROWS // 2]]
+        if block.dtype == np.float32:
+            block -= high
+            block -= low
+            block *= shrink
+            yield torch.from_numpy(block).to(device)
+        else:
+            yield _tensor((block - mean) / scale, device)
 
 
 def _rows(

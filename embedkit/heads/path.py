@@ -101,7 +101,8 @@ class Path:
 
     def state(self) -> Start:
         """Return the solution in terms that do not depend on the rows."""
-        solution, design = dataclasses.replace(self.solution, pairs=()), self.design
+        solution = dataclasses.replace(self.solution, pairs=(), loss=None, slopes=None)
+        design = self.design
         return Start(self.labels.classes, design.expand(solution.weights), solution, design.directions)
 
     def weights(self) -> tuple[Array, Array]:

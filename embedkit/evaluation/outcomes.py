@@ -73,7 +73,7 @@ def measure_once(job: Job, queries: npt.NDArray[Any]) -> Outcome:
     found = predict_rows(jury.main, jury.questions, job.truth, job.labels)
     metrics = score_rows(found, job.truth, seed=job.seed)
     for name, companion in jury.beside.items():
-        codes = np.searchsorted(np.array(job.truth.classes), companion.predict(jury.questions))
+        codes = np.searchsorted(np.array(job.truth.classes), companion.predict(jury.others))
         correct = codes == job.truth.values
         if name == "knn":
             found |= {"linear": found["predicted"], "knn": codes}

@@ -22,6 +22,7 @@ from embedkit.evaluation.outcomes import Job, Outcome, measure_folds, measure_on
 from embedkit.evaluation.protocols import Protocol, find_protocol
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import TASKS, Part, Split, split_store, training_part, whole_store
+from embedkit.evaluation.streaming import StoredRows, is_streamed
 from embedkit.evaluation.suspects import small_classes
 from embedkit.evaluation.targets import Training, find_truth, fitted_labels, training_targets
 from embedkit.store import Store
@@ -147,7 +148,8 @@ def probe(
         inputs["leaks"] = {**leaks.summary(), "dropped": len(leaks.drop) if drop_leaks else 0}
     _warn(trained, tested, recipe, options, say)
     say(f"reading {len(trained.rows)} training and {len(tested.rows)} test rows")
-    rows = Training(trained.embeddings(), training_targets(trained), target, trained.groups())
+    x = StoredRows(trained) if _stays(trained, recipe, options) else trained.embeddings()
+    rows = Training(x, training_targets(trained), target, trained.groups())
     labels = fitted_labels(trained) if target == "multi-label" else []
     job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say, device)
     outcome = _measure(job, tested, options)
@@ -303,7 +305,13 @@ def _warn(trained: Part, tested: Part, recipe: Protocol, options: _Options, prog
         progress(f"{counted(len(few), 'class')} with fewer than 5 training rows: {some}{more}")
     c = len(np.unique(trained.names)) if trained.task == "class" else max(1, len(fitted_labels(trained)))
     rows = min(len(trained.rows), max(options.shots) * c) if options.shots else len(trained.rows)
-    warn_of_memory(rows, trained.store.dim, c, head=recipe.head_name, tested=len(tested.rows))
+    streamed = _stays(trained, recipe, options)
+    warn_of_memory(rows, trained.store.dim, c, head=recipe.head_name, tested=len(tested.rows), streamed=streamed)
+
+
+def _stays(trained: Part, recipe: Protocol, options: _Options) -> bool:
+    """Return whether training rows are read from their store block by block, and never held."""
+    return is_streamed(recipe.head_name, trained) and not (options.folds or options.shots)
 
 
 def _measure(job: Job, tested: Part, options: _Options) -> Outcome:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.folding import hold_out
+from embedkit.evaluation.streaming import StoredRows, search_streamed
 from embedkit.evaluation.targets import Training
 from embedkit.evaluation.tuning import fit_tuned, fresh
 from embedkit.heads import (
@@ -45,12 +46,15 @@ class Jury:
     beside : dict of str to estimator
         Others, by name.
     questions : array
-        What they are asked: embeddings of shape (q, d), or numbers of queries that were searched for before.
+        What the main head is asked: embeddings of shape (q, d), or numbers of queries that were searched for before.
+    others : array
+        What those beside it are asked.
     """
 
     main: Any
     beside: dict[str, Any]
     questions: npt.NDArray[Any]
+    others: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Protocol:
 
     def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
         """Return what is scored on the test rows: the fitted head, and others beside it that are never chosen from."""
-        return Jury(estimator, {}, queries)
+        return Jury(estimator, {}, queries, queries)
 
     def settings(self) -> dict[str, Any]:
         """Return the protocol's fields, which a report repeats."""
@@ -169,8 +173,13 @@ class Default(Protocol):
 
     def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
         """Return the head, and for classes the k-NN head beside it."""
-        knn = WeightedKNN(k=self.k, temperature=self.temperature)
-        return Jury(estimator, {"knn": knn.fit(rows.x, rows.y)} if rows.task == "class" else {}, queries)
+        if rows.task != "class":
+            return Jury(estimator, {}, queries, queries)
+        if isinstance(rows.x, StoredRows):
+            known = search_streamed(rows.x, rows.y, queries, k=self.k, temperature=self.temperature)
+            return Jury(estimator, {"knn": known}, queries, np.arange(len(queries)))
+        knn = WeightedKNN(k=self.k, temperature=self.temperature).fit(rows.x, rows.y)
+        return Jury(estimator, {"knn": knn}, queries, queries)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that matter, without an estimator, which JSON cannot hold."""
@@ -220,7 +229,8 @@ class DinoKNN(Protocol):
         """Return the heads of all k, over one search."""
         scores, nearest = estimator.search(queries, max(self.k, *self.ks))
         heads = {str(k): KnownNeighbours(estimator, scores, nearest, k) for k in (self.k, *self.ks)}
-        return Jury(heads.pop(str(self.k)), heads, np.arange(len(queries)))
+        numbers = np.arange(len(queries))
+        return Jury(heads.pop(str(self.k)), heads, numbers, numbers)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.metrics import average_precisions
 from embedkit.evaluation.scoring import class_scores
+from embedkit.evaluation.streaming import StoredRows, fit_streamed
 from embedkit.evaluation.targets import Training
 from embedkit.heads import fit_quietly, make_head, ridge_sweep
 
@@ -62,8 +63,8 @@ def fit_tuned(
     """
     settings: dict[str, Any] = {"task": rows.task, "seed": seed, "device": device}
     if name not in GRIDS:
-        head = _made(name, {}, **settings)
-        return head, {"chosen": {}, "converged": fit_quietly(head, rows.x, rows.y)}
+        head, converged = _fitted(name, {}, rows, settings)
+        return head, {"chosen": {}, "converged": converged}
     parameter = GRIDS[name][0]
     held = hold_out(len(rows.x), fraction, seed, strata=rows.strata, groups=rows.groups)
     choice: dict[str, Any] = {"chosen": {}, "held_out_rows": int(held.sum()), "losses": {}}
@@ -77,10 +78,17 @@ def fit_tuned(
         choice["chosen"] = {parameter: min(choice["losses"], key=choice["losses"].__getitem__)}
     else:
         choice["note"] = f"every class has one training row, so none could be held out to choose {parameter} by"
-    head = _made(name, choice["chosen"], **settings)
     progress(f"fitting to all {len(rows.x):,} training rows")
-    choice["converged"] = fit_quietly(head, rows.x, rows.y)
+    head, choice["converged"] = _fitted(name, choice["chosen"], rows, settings)
     return head, choice
+
+
+def _fitted(name: str, chosen: dict[str, float], rows: Training, settings: dict[str, Any]) -> tuple[Any, bool]:
+    """Return a head that is fitted to all rows, and whether its solver converged."""
+    if isinstance(rows.x, StoredRows):
+        return fit_streamed(name, rows.x, rows.y, chosen), True
+    head = _made(name, chosen, **settings)
+    return head, fit_quietly(head, rows.x, rows.y)
 
 
 def _losses(

@@ -33,7 +33,7 @@ FEW_SHOT_SEEDS = 5
 
 # Multiplications that looking for pictures that are alike may stand for: minutes of two processors, since a few
 # coordinates settle most pairs.
-MOST_PRODUCTS = 2e13
+MOST_PRODUCTS = 5e12
 LONG_PRODUCTS = 1e11
 
 Progress = Callable[[str], None]

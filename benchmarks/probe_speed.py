@@ -1,10 +1,12 @@
 """Times the choice of a penalty beside its peers, in one run, each in a process of its own: seconds, memory, choice.
 
-    python benchmarks/probe_speed.py STORE.h5 [--rows 20000] [--folds 1] [--peers sklearn,clip,dinov2]
+    python benchmarks/probe_speed.py STORE.h5 [--rows 20000] [--folds 1] [--values 45]
+        [--peers sklearn,clip,dinov2]
 
-The sides see the same standardised float32 rows and the same folds, and try the same 45 values of C, 10^-6 to 10^5:
+The sides see the same standardised float32 rows and the same folds, and try the same 45 values of C, 10^-6 to 10^5
+(or fewer, where a peer would take hours):
 
-- embedkit: `embedkit.heads.sweep_logistic` for each fold, and a fit to all rows;
+- embedkit: `embedkit.heads.fit_logistic`; with several folds `sweep_logistic` for each, and a fit to all rows;
 - sklearn: LogisticRegressionCV with its L-BFGS, 1,000 iterations at most;
 - dinov2: DINOv2's procedure as it is described, with scikit-learn in place of cuML: a LogisticRegression for each C,
   each from zero, in float64;
@@ -32,9 +34,9 @@ import numpy.typing as npt
 
 from embedkit import Store
 
-GRID = [float(C) for C in 10 ** np.linspace(-6, 5, 45)]
 Array = npt.NDArray[Any]
 Folds = list[tuple[Array, Array]]
+Grid = list[float]
 
 
 def read(path: str, rows: int | None, folds: int) -> tuple[Array, Array, Folds, Array, Array]:
@@ -55,43 +57,49 @@ def read(path: str, rows: int | None, folds: int) -> tuple[Array, Array, Folds, 
     return x, store.labels[train], chosen, queries, store.labels[test]
 
 
-def ours(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
-    from embedkit.heads import logistic_regression, sweep_logistic
+def ours(x: Array, y: Array, folds: Folds, grid: Grid) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+    from embedkit.heads import fit_logistic, logistic_regression, sweep_logistic
 
-    scores, losses = np.zeros(len(GRID)), []
+    if len(folds) == 1:
+        mask = np.zeros(len(x), dtype=np.bool_)
+        mask[folds[0][1]] = True
+        best, choice = fit_logistic(x, y, held_out=mask, C_grid=grid, criterion="accuracy", standardise=False)
+        told = {"C": choice["C"], "scores": list(choice["C_scores"].values())}
+        return best.predict, {**told, "not_converged": len(choice["C_not_converged"])}
+    scores, losses = np.zeros(len(grid)), []
     for _, held in folds:
         mask = np.zeros(len(x), dtype=np.bool_)
         mask[held] = True
-        found, unconverged = sweep_logistic(x, y, mask, GRID, standardise=False, criterion="accuracy")
-        scores += np.array([found[C] for C in GRID]) / len(folds)
+        found, unconverged = sweep_logistic(x, y, mask, grid, standardise=False, criterion="accuracy")
+        scores += np.array([found[C] for C in grid]) / len(folds)
         losses.append(len(unconverged))
-    C = GRID[int(scores.argmax())]
+    C = grid[int(scores.argmax())]
     head = logistic_regression(C, standardise=False).fit(x, y)
     return head.predict, {"C": C, "scores": scores.round(5).tolist(), "not_converged": losses}
 
 
-def scikit_learn(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+def scikit_learn(x: Array, y: Array, folds: Folds, grid: Grid) -> tuple[Callable[[Array], Array], dict[str, Any]]:
     from sklearn.linear_model import LogisticRegressionCV
 
-    head = LogisticRegressionCV(Cs=GRID, cv=folds, max_iter=1000, scoring="accuracy", l1_ratios=(0,)).fit(x, y)
+    head = LogisticRegressionCV(Cs=grid, cv=folds, max_iter=1000, scoring="accuracy", l1_ratios=(0,)).fit(x, y)
     scores = np.asarray(next(iter(head.scores_.values())) if isinstance(head.scores_, dict) else head.scores_)
-    scores = scores.reshape(len(folds), len(GRID)).mean(axis=0)
+    scores = scores.reshape(len(folds), len(grid)).mean(axis=0)
     return head.predict, {"C": float(np.ravel(head.C_)[0]), "scores": scores.round(5).tolist()}
 
 
-def dinov2(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+def dinov2(x: Array, y: Array, folds: Folds, grid: Grid) -> tuple[Callable[[Array], Array], dict[str, Any]]:
     from sklearn.linear_model import LogisticRegression
 
     wide, scores = x.astype(np.float64), []
     kept, held = folds[0]
-    for C in GRID:
+    for C in grid:
         head = LogisticRegression(C=C, max_iter=1000).fit(wide[kept], y[kept])
         scores.append(float(np.mean(head.predict(wide[held]) == y[held])))
-    C = GRID[int(np.argmax(scores))]
+    C = grid[int(np.argmax(scores))]
     return LogisticRegression(C=C, max_iter=1000).fit(wide, y).predict, {"C": C, "scores": scores}
 
 
-def clip(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], dict[str, Any]]:
+def clip(x: Array, y: Array, folds: Folds, grid: Grid) -> tuple[Callable[[Array], Array], dict[str, Any]]:
     import torch
 
     decays, classes = np.logspace(-6, 2, 97), int(y.max()) + 1
@@ -142,7 +150,7 @@ def clip(x: Array, y: Array, folds: Folds) -> tuple[Callable[[Array], Array], di
 SIDES = {"embedkit": ours, "sklearn": scikit_learn, "dinov2": dinov2, "clip": clip}
 
 
-def measure(side: str, path: str, rows: int | None, folds: int) -> dict[str, Any]:
+def measure(side: str, path: str, rows: int | None, folds: int, values: int) -> dict[str, Any]:
     """Run one side in this process."""
     import sklearn.linear_model
     import torch
@@ -156,7 +164,7 @@ def measure(side: str, path: str, rows: int | None, folds: int) -> dict[str, Any
     wall, processor = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        predict, told = SIDES[side](x, y, chosen)
+        predict, told = SIDES[side](x, y, chosen, [float(C) for C in 10 ** np.linspace(-6, 5, values)])
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     accuracy = float(np.mean(predict(queries) == truth))
@@ -172,16 +180,18 @@ def main() -> None:
     parser.add_argument("store")
     parser.add_argument("--rows", type=int, default=None)
     parser.add_argument("--folds", type=int, default=1, help="of 10, or of so many when there are more")
+    parser.add_argument("--values", type=int, default=45, help="of C, from 10^-6 to 10^5")
     parser.add_argument("--peers", default="sklearn,clip,dinov2")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(measure(options.side, options.store, options.rows, options.folds)))
+        print(json.dumps(measure(options.side, options.store, options.rows, options.folds, options.values)))
         return
     print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
     first: dict[str, Any] = {}
     for side in ("embedkit", *filter(None, options.peers.split(","))):
         command = [sys.executable, __file__, options.store, "--folds", str(options.folds), "--side", side]
+        command += ["--values", str(options.values)]
         command += [] if options.rows is None else ["--rows", str(options.rows)]
         told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         first = first or told

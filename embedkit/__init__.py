@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         StoreFormatError,
         StoreNotFoundError,
     )
-    from embedkit.evaluation import Report, compare, comparison_table, probe
+    from embedkit.evaluation import Report, compare, comparison_table, predict, probe, read_suite, run_suite
     from embedkit.extraction import estimate, extract
     from embedkit.index import Index, cluster, find_duplicates, find_outliers, retrieval_report
     from embedkit.sources import list_images
@@ -61,8 +61,11 @@ __all__ = [
     "find_outliers",
     "list_images",
     "list_models",
+    "predict",
     "probe",
+    "read_suite",
     "retrieval_report",
+    "run_suite",
 ]
 
 _ROOMS = {
@@ -81,8 +84,11 @@ _ROOMS = {
     "find_outliers": "index",
     "list_images": "sources",
     "list_models": "backbones",
+    "predict": "evaluation",
     "probe": "evaluation",
+    "read_suite": "evaluation",
     "retrieval_report": "index",
+    "run_suite": "evaluation",
 }
 
 

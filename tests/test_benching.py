@@ -218,6 +218,30 @@ def test_only_some_cells(world: Path) -> None:
         run(world, only="thing")
 
 
+def test_a_cell_of_another_backbone_or_folder_is_not_shown_as_it_was_left(world: Path, other_backbone: Path) -> None:
+    run(world)
+    suite = (world / "pets.yaml").read_text()
+    line = next(line for line in suite.splitlines() if line.endswith("tiny.json"))
+    (world / "pets.yaml").write_text(suite.replace(line, f"  - {{name: tiny, model: {other_backbone}}}"))
+    assert [state_of(world / "run", plan) for plan in read(world).plans] == ["stale", "done"]
+    assert [cell.backbone for cell in run(world, only="other")[0]] == ["other"]
+    (world / "pets.yaml").write_text(suite.replace("images: photos", "name: photos\n    images: pictures"))
+    assert [state_of(world / "run", plan) for plan in read(world).plans] == ["stale", "stale"]
+    (world / "photos").rename(world / "pictures")
+    (world / "pets.yaml").write_text((world / "pets.yaml").read_text().replace("photos/split", "pictures/split"))
+    assert all(cell.reused for cell in run(world)[0])
+    assert [state_of(world / "run", plan) for plan in read(world).plans] == ["done", "done"]
+
+
+def test_a_cell_with_a_label_that_training_lacks_is_used_again(world: Path, tiny_backbone: Path) -> None:
+    lines = (world / "photos" / "split.csv").read_text().splitlines()[1:]
+    labelled = [f"{line},{line[:3]};{'zinnia' if line.endswith('test') else 'any'}" for line in lines]
+    (world / "photos" / "split.csv").write_text("\n".join(["path,split,label", *labelled]) + "\n")
+    write_suite(world, backbones=[tiny_backbone], protocols="[{protocol: default, target: multi-label}]")
+    assert not run(world)[0][0].error
+    assert run(world)[0][0].reused
+
+
 def test_train_and_test_folders(world: Path, tiny_backbone: Path) -> None:
     for part, numbers in (("train", range(1, 9)), ("val", range(9, 13))):
         for kind in ("cat", "dog"):

@@ -36,6 +36,8 @@ protocols:
     seed: 7
 """
 
+REST = "backbones: [a]\ndata: [{images: x, split: y}]\nprotocols: [default]\n"
+
 
 def read(folder: Path, text: str, **places: Path) -> Suite:
     (folder / "suite.yaml").write_text(text, encoding="utf-8")
@@ -102,6 +104,9 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, old: str, new: str,
         ("name: &a [x]\nbackbones: *a\n", "line 2: a suite has no aliases"),
         ("name: " + "[" * 5000 + "]" * 5000, "more than 20 levels"),
         ("name: x\n" + "#" * MAX_BYTES, "larger than a suite may be"),
+        ("name: 2024-13-45\n" + REST, "line 1: a value is a text"),
+        ("name: " + "1" * 5000 + "\n" + REST, "line 1: a value is a text"),
+        ("name: !!bool maybe\n" + REST, "line 1: a value is a text"),
     ],
 )
 def test_what_is_no_suite_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -119,6 +124,24 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 def test_names_that_files_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, WHOLE.replace("name: DINOv2 S/14", "name: ResNet18.A1_in1k"))
     assert "'resnet18.a1_in1k' and 'ResNet18.A1_in1k'" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[a]", "[resnet18, {model: resnet18, img_size: 128}]"),
+        ("[a]", "[{name: a, model: b}, {name: a, model: c}]"),
+        ("[{images: x, split: y}]", "[{images: pets, split: y}, {images: more/pets, split: y}]"),
+        ("[default]", "[default, {protocol: default, shots: 5}]"),
+    ],
+)
+def test_two_of_one_name_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    assert "would have one name" in refusal(tmp_path, REST.replace(old, new))
+
+
+def test_a_home_that_nobody_has_is_a_folder_like_others(tmp_path: Path) -> None:
+    (data,) = read(tmp_path, REST.replace("images: x", "images: ~nobody-has-this-name/x")).data
+    assert data.train == str(tmp_path / "~nobody-has-this-name/x")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def store(photos: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFa
         ("outliers", ek.find_outliers),
         ("cluster", ek.cluster),
         ("probe", ek.probe),
+        ("predict", ek.predict),
+        ("bench", ek.run_suite),
         ("models", ek.list_models),
     ],
 )

@@ -393,7 +393,8 @@ def test_to_dict_holds_json_values_only(tmp_path, store):
     values = probe(store, flowers(tmp_path / "test.h5", seed=1)).to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert sorted(values) == ["classes", "inputs", "metrics", "parameters"]
-    assert list(values["parameters"]["C_losses"]) == [str(C) for C in PROTOCOLS["default"].C_grid]
+    tried, left_out = values["parameters"]["C_losses"], values["parameters"]["C_not_tried"]
+    assert [*map(float, tried), *left_out] == list(PROTOCOLS["default"].C_grid)
     assert values["inputs"]["digest"] == Store.open(store).digest
     assert values["inputs"]["train"]["content_id"] == Store.open(store).content_id
 
@@ -474,6 +475,6 @@ def test_the_confusion_matrix_is_left_out_beyond_a_limit(tmp_path, store, monkey
 
 def test_probe_reports_progress(tmp_path, store):
     lines = []
-    probe(store, flowers(tmp_path / "test.h5", seed=1), progress=lines.append)
+    report = probe(store, flowers(tmp_path / "test.h5", seed=1), progress=lines.append)
     begun = lines.index("reading 24 training and 24 test rows")
-    assert len(lines[begun:]) == 2 + len(PROTOCOLS["default"].C_grid)
+    assert len(lines[begun:]) == 2 + len(report.parameters["C_losses"])

@@ -113,7 +113,7 @@ def test_a_head_that_is_not_there_says_how_to_get_one(tmp_path):
         (["task"], "ranking", "the task is 'ranking'"),
         (["task"], ["class"], "the task is"),
         (["classes"], "ant", "classes must be a list of texts"),
-        (["classes"], ["ant"], "contradicts the other parts"),
+        (["classes"], ["ant"], "codes of no class"),
         (["spec", "dim"], 5, "contradicts the other parts"),
         (["spec"], [], "lacks a part|incomplete"),
         (["information"], None, "the task is|lacks"),

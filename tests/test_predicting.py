@@ -80,6 +80,13 @@ def test_images_that_cannot_be_read_stand_in_their_place_with_a_reason(store: St
         assert len(predictions) == len(found) == 27
 
 
+def test_no_option_is_advised_that_predict_lacks(store: Store, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes((photos / "cat" / "1.jpg").read_bytes()[:400])
+    (one,) = predict(fitted(store), tmp_path, device="cpu")
+    assert one.error is not None and one.error.kind == "truncated"
+    assert one.error.reason.startswith("its end is missing (") and "--truncated" not in one.error.reason
+
+
 def test_a_store_gives_what_its_images_give_and_its_failures_too(store: Store, pictures: Path, tmp_path: Path) -> None:
     head, backbone = fitted(store), Backbone.reload(store.spec, store.recipe, device="cpu")
     made = extract(pictures, tmp_path / "pictures.h5", backbone)

@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation import PROTOCOLS, FittedHead, compare, probe
@@ -121,6 +123,14 @@ def test_an_estimator_of_scikit_learn_is_a_head(stores):
 
 
 # Few-shot
+
+
+def test_scores_of_pairs_of_classes_rank_nothing(tmp_path):
+    x = np.random.default_rng(0).normal(size=(64, DIM))
+    store = write_store(tmp_path / "store.h5", x, [f"class {row % 8}" for row in range(64)])
+    assert "top5" not in probe(store, folds=2, head=SVC(decision_function_shape="ovo")).metrics
+    metrics = probe(store, folds=2, head=SVC()).metrics
+    assert metrics["top5"] >= metrics["top1"]
 
 
 def test_few_shot_reports_the_mean_and_students_interval_over_seeds(stores):
@@ -245,6 +255,17 @@ def test_a_label_that_training_lacks_is_never_predicted_and_counted(tmp_path):
     assert report.metrics["per_class"]["zinnia"] == pytest.approx(1 / 40)
 
 
+def test_a_label_that_the_other_folds_lack_scores_nothing(tmp_path):
+    """scikit-learn gives such a label one column of probabilities, that of not having it."""
+    x, names, _ = labelled(60, 0)
+    names = [f"{name};rare" if row == 7 else f"{name};other" for row, name in enumerate(names)]
+    store = write_store(tmp_path / "tags.h5", x, names)
+    report = probe(store, folds=5, target="multi-label", head=RandomForestClassifier(5, random_state=0))
+    rare, fold = report.classes.index("rare"), report.predictions["fold"]
+    assert not report.predictions["scores"][fold == fold[7], rare].any()
+    assert report.predictions["scores"][fold == fold[7], report.classes.index("other")].mean() > 0.9
+
+
 # Numbers
 
 
@@ -350,3 +371,33 @@ def test_targets_without_spread_and_labels_without_rows_are_refused(tmp_path, st
     split.write_text("path,split,label\n" + "".join(f"{row:03}.jpg,{part},{'a' * (row > 30)}\n" for row, part in rows))
     with pytest.raises(EvaluationError, match="none of 20 test rows has a label"):
         probe(stores[0], split=split, target="multi-label")
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"protocol": "dinov2-logreg"}, {"protocol": "clip-lbfgs"}, {"head": "mlp"}, {"folds": 2}, {"shots": 3}],
+    ids=str,
+)
+def test_a_device_reaches_the_head(stores, arguments):
+    train, test = stores
+    report = probe(train, None if "folds" in arguments else test, device="cpu:0", **arguments)
+    estimator = report.head.estimator
+    head = estimator[-1] if hasattr(estimator, "steps") else estimator
+    assert head.device == report.parameters["device"] == "cpu:0"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"protocol": "clip-lbfgs"}, {"head": "mlp"}], ids=str)
+def test_a_device_that_is_not_there_is_not_replaced(stores, arguments):
+    with pytest.raises(EvaluationError, match="cannot be fitted on the device 'cuda:77'"):
+        probe(*stores, device="cuda:77", **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"head": "ridge"}, {"protocol": "dino-knn"}, {"protocol": "mteb-image"}], ids=str
+)
+def test_a_head_of_the_cpu_refuses_another_device(stores, arguments):
+    with pytest.raises(EvaluationError, match="fitted on the CPU, not on 'cuda'; a device goes with logistic"):
+        probe(*stores, device="cuda", **arguments)

@@ -11,6 +11,7 @@ from embedkit.evaluation import PROTOCOLS, Protocol
 from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.protocols import find_protocol
 from embedkit.evaluation.targets import Training
+from embedkit.evaluation.tuning import GRIDS, PATIENCE
 from embedkit.heads import C_GRID, WeightedKNN, make_head
 
 CLASSES = np.array(["daisy", "rose", "tulip"])
@@ -88,11 +89,14 @@ def test_dino_knn_reports_every_k_and_chooses_none():
     rows = Training(*blobs())
     head, choice, _ = fitted("dino-knn", rows)
     assert choice == {"head": "knn", "chosen": {"k": 20, "T": 0.07}}
-    others = PROTOCOLS["dino-knn"].companions(head, rows)
-    assert list(others) == ["10", "100", "200"] and head.k == 20
     queries = blobs(seed=5)[0]
-    expected = WeightedKNN(k=10).fit(rows.x, rows.y).predict(queries)
-    np.testing.assert_array_equal(others["10"].predict(queries), expected)
+    jury = PROTOCOLS["dino-knn"].jury(head, rows, queries)
+    assert list(jury.beside) == ["10", "100", "200"] and head.k == 20
+    for k, known in {20: jury.main, 10: jury.beside["10"], 100: jury.beside["100"]}.items():
+        expected = WeightedKNN(k=k).fit(rows.x, rows.y)
+        np.testing.assert_array_equal(known.predict(jury.questions), expected.predict(queries))
+        few = jury.questions[7:12]
+        np.testing.assert_allclose(known.predict_proba(few), expected.predict_proba(queries[7:12]), atol=1e-6)
 
 
 # dinov2-logreg and clip-lbfgs
@@ -181,7 +185,7 @@ def test_default_chooses_the_k_of_a_k_nn_head_on_held_out_rows():
     head, choice, lines = fitted("default", Training(*blobs()), head="knn")
     assert choice["head"] == "knn" and choice["criterion"] == "error" and choice["held_out_rows"] == 18
     assert head.k == choice["chosen"]["k"] == min(choice["losses"], key=choice["losses"].__getitem__)
-    assert len(lines) == len(choice["losses"])
+    assert len(lines) == len(choice["losses"]) + 1
 
 
 def test_ridge_is_chosen_from_one_sweep_as_from_single_fits():
@@ -242,3 +246,15 @@ def test_copies_are_never_on_both_sides_of_a_choice(name):
 
 def test_the_grid_of_the_default_protocol_is_the_heads():
     assert PROTOCOLS["default"].C_grid == C_GRID
+
+
+def test_a_support_vector_machine_stops_trying_where_it_only_gets_worse():
+    rows = Training(*blobs(300, spread=3))
+    head, choice, lines = fitted("default", rows, head="svm")
+    losses = list(choice["losses"].values())
+    best = losses.index(min(losses))
+    assert choice["chosen"] == {"C": list(choice["losses"])[best]} == {"C": head["svm"].C}
+    tried = GRIDS["svm"][1][: len(losses)]
+    assert tuple(choice["losses"]) == tried and len(lines) == len(tried) + 1
+    worse = [loss > min(losses[: number + 1]) for number, loss in enumerate(losses)]
+    assert len(tried) == len(GRIDS["svm"][1]) or worse[-PATIENCE["svm"] :] == [True] * PATIENCE["svm"]

@@ -40,8 +40,11 @@ def test_the_public_names_are_exactly_these() -> None:
         "find_outliers",
         "list_images",
         "list_models",
+        "predict",
         "probe",
+        "read_suite",
         "retrieval_report",
+        "run_suite",
     ]
     assert dir(embedkit) == embedkit.__all__
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 @click.option(
     "--head",
     metavar="NAME",
-    help="With the default protocol: logistic, ridge, svm, lda, mean, knn or mlp.  [default: logistic, of numbers ridge]",
+    help="With the default protocol: logistic, ridge, svm, lda, mean, knn or mlp.  "
+    "[default: logistic, of numbers ridge]",
 )
 @click.option(
     "--shots", type=NUMBERS, metavar="N[,...]", help="Fit to so many rows of each class only, such as 1,2,4,8,16."
@@ -57,6 +58,13 @@ if TYPE_CHECKING:
 @click.option("--save", type=FILE, metavar="HEAD", help="Write the fitted head, for embedkit predict.")
 @click.option("--each", is_flag=True, help="Probe the embeddings and every layer of the store, and rank them.")
 @click.option("--suspects", is_flag=True, help="List training rows whose labels look wrong, instead of scoring.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Where logistic regression and the perceptron are fitted: cpu, cuda or cuda:N.",
+)
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the held-out part, the shots and the bootstrap."
 )

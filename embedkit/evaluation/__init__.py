@@ -4,6 +4,7 @@ from embedkit.evaluation.benching import run_suite
 from embedkit.evaluation.cells import Cell
 from embedkit.evaluation.comparing import Comparison, compare, compare_all, comparison_table
 from embedkit.evaluation.fitted import FittedHead
+from embedkit.evaluation.predicting import predict
 from embedkit.evaluation.probing import probe
 from embedkit.evaluation.protocols import PROTOCOLS, Protocol
 from embedkit.evaluation.reports import Report
@@ -22,6 +23,7 @@ __all__ = [
     "compare",
     "compare_all",
     "comparison_table",
+    "predict",
     "probe",
     "read_suite",
     "run_suite",

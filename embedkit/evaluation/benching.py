@@ -132,7 +132,7 @@ def state_of(folder: str | os.PathLike[str], plan: Plan) -> str:
         return "damaged"
     if cell is None or cell.report is None:
         return "missing" if cell is None else "failed"
-    return "done" if _asked(plan).items() <= cell.key.items() else "stale"
+    return "done" if _answers(cell, plan) else "stale"
 
 
 def _silent(line: str) -> None:
@@ -146,8 +146,20 @@ def _kept(folder: Path, plan: Plan) -> Cell | None:
     except EvaluationError as error:
         log.warning("%s", error)
         return None
-    asked = _asked(plan)
-    return cell if cell is not None and asked.items() <= cell.key.items() else None
+    return cell if cell is not None and _answers(cell, plan) else None
+
+
+def _answers(cell: Cell, plan: Plan) -> bool:
+    """Return whether a cell is of what the suite asks for, as far as that can be told without the inputs."""
+    given = {"key": _asked(plan), "facts": _chosen(plan)}
+    wanted: dict[str, dict[str, Any]] = json.loads(json.dumps(given))
+    return wanted["key"].items() <= cell.key.items() and (not cell.key or wanted["facts"].items() <= cell.facts.items())
+
+
+def _chosen(plan: Plan) -> dict[str, Any]:
+    """Return what the suite says of the backbone and the images, whose names alone do not tell."""
+    images = {"train": plan.data.train, "test": plan.data.test, "split": plan.data.split}
+    return {"model": plan.backbone.model, "options": dict(plan.backbone.options), "images": images}
 
 
 def _asked(plan: Plan) -> dict[str, Any]:
@@ -253,16 +265,18 @@ class _Bench:
             **_asked(plan),
         }
         facts = {
-            "model": plan.backbone.model, "options": dict(plan.backbone.options),
-            "parameters": count_parameters(backbone), "dim": backbone.dim,
+            **_chosen(plan), "parameters": count_parameters(backbone), "dim": backbone.dim,
             "speed": None if inputs.speed is None else inputs.speed.to_dict(),
         }  # fmt: skip
         kept = self.earlier(plan, key)
         if kept is not None:
             self.say(f"{plan.name}: nothing has changed")
             # Named and timed as now: neither decides a number of the report.
-            return replace(kept, backbone=plan.backbone.name, data=plan.data.name, protocol=plan.protocol.name,
-                           facts={**kept.facts, **facts})  # fmt: skip
+            again = replace(kept, backbone=plan.backbone.name, data=plan.data.name, protocol=plan.protocol.name,
+                            facts={**kept.facts, **facts})  # fmt: skip
+            if not _answers(kept, plan):  # The same images or weights, which lie elsewhere now.
+                write_cell(self.cells, again)
+            return again
         self.say(f"{plan.name}: measuring")
         started = time.perf_counter()
         try:

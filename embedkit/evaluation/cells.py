@@ -160,7 +160,9 @@ def _check(report: Report) -> None:
     n = len(report.predictions["ids"])
     for name in ("true", "predicted", "correct", "confidence", "scores"):
         array = report.predictions.get(name, np.zeros(n))
-        if len(array) != n or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        # A label that no training row had scores minus infinity.
+        sound = np.isfinite(array) | np.isneginf(array) if name == "scores" else np.isfinite(array)
+        if len(array) != n or array.dtype.kind not in "biuf" or not sound.all():
             raise ValueError(f"{name} are not {n} numbers, one for each id")
     if report.task == "class":
         codes = np.concatenate([report.predictions["true"], report.predictions["predicted"]])

@@ -10,17 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.evaluation.splits import Part
+from embedkit.index import Gallery
+from embedkit.index.duplicates.grouping import same_content
+from embedkit.index.duplicates.leaks import similar_pairs
 from embedkit.text import counted, printable
 
 # Measured on 3,670 photographs of flowers with four small backbones: a picture saved twice has 0.992 and more, brighter
 # copies have 0.97 to 0.99 (median) and mirror images 0.95 to 0.98. The most similar other photograph has 0.64 to 0.87
-# (median). Of the pairs between train and val above 0.95, all were one picture for three of the backbones; the fourth,
-# 368 wide, had lookalikes among them up to 0.97. Copies that are cropped, shrunk to half or saved at a low quality may
-# have less than 0.95, and are missed.
+# (median). Of the pairs between train and val above 0.95, all seven that four wide backbones listed were one picture or
+# one flower taken twice; a fifth, 368 wide, listed 25, with fourteen lookalikes up to 0.96. Copies that are cropped,
+# shrunk to half or saved at a low quality may have less than 0.95, and are missed.
 THRESHOLD = 0.95
 
 LISTED = 1000
-_TRAIN_BLOCK, _TEST_BLOCK = 4096, 1024  # 16 MB of products, and of pairs where all pictures are alike 64 MB.
+BLOCK = 1024
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -113,8 +116,9 @@ def find_leaks(
     """Find the pictures that a training and a test part share.
 
     Files of the same bytes are known by their SHA-256, which a store keeps. Pictures that are alike are found by
-    comparing every test embedding with every training embedding, block by block: exactly, in memory that does not
-    depend on their number.
+    comparing every test embedding with every training embedding, as `embedkit.index.find_leaks` does: none is missed,
+    and most pairs are told apart by a few of their coordinates. That one names a few copies of each picture in two
+    stores; this one counts all of them in two parts, because whatever is counted can be left out of training.
 
     Parameters
     ----------
@@ -124,7 +128,7 @@ def find_leaks(
         Cosine similarity from which two pictures count as alike. What a value means depends on the backbone: look at
         the listed pairs. None looks for the same bytes only, which takes no time.
     progress : callable, optional
-        Called with how many comparisons are done, and how many there are.
+        Called with how many test rows are compared, and how many there are.
 
     Returns
     -------
@@ -134,6 +138,8 @@ def find_leaks(
     ------
     ValueError
         When `threshold` is not in (0, 1].
+    StoreFormatError
+        When pictures that are alike are looked for and an embedding of either store is not finite.
 
     Examples
     --------
@@ -156,7 +162,8 @@ def find_leaks(
     """
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(f"the threshold is a cosine above 0 and at most 1, got {threshold}")
-    codes = _content_codes(train, test)
+    contents = same_content([train.store, test.store])
+    codes = contents[train.rows], contents[len(train.store) + test.rows]
     same, alike = (_Pairs(len(train.rows), len(test.rows)) for _ in range(2))
     for pairs in _same_bytes(*codes):
         same.add(*pairs, np.ones(len(pairs[0]), dtype=np.float32))
@@ -210,21 +217,12 @@ def _leak(train: Part, test: Part, row: int, other: int, similarity: float, exac
     )  # fmt: skip
 
 
-def _content_codes(train: Part, test: Part) -> tuple[Rows, Rows]:
-    """Return a number for the content of every row of both parts, equal for equal bytes and -1 for unknown ones."""
-    hashes = np.concatenate([part.store.content_sha256[part.rows] for part in (train, test)])
-    words = np.ascontiguousarray(hashes).view(np.uint64)
-    codes = np.unique(words, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    codes[~words.any(axis=1)] = -1  # Imported embeddings have no files.
-    return codes[: len(train.rows)], codes[len(train.rows) :]
-
-
 def _same_bytes(train: Rows, test: Rows) -> Iterator[tuple[Rows, Rows]]:
     """Yield the pairs of equal content, some test rows after the other."""
     order = np.argsort(train, kind="stable")
     known = np.flatnonzero(test >= 0)
-    for first in range(0, len(known), _TEST_BLOCK):
-        others = known[first : first + _TEST_BLOCK]
+    for first in range(0, len(known), BLOCK):
+        others = known[first : first + BLOCK]
         starts, ends = (np.searchsorted(train, test[others], side, sorter=order) for side in ("left", "right"))
         for other, start, end in zip(others.tolist(), starts.tolist(), ends.tolist(), strict=True):
             if start < end:
@@ -234,24 +232,17 @@ def _same_bytes(train: Rows, test: Rows) -> Iterator[tuple[Rows, Rows]]:
 def _alike(
     train: Part, test: Part, threshold: float, progress: Progress | None
 ) -> Iterator[tuple[Rows, Rows, npt.NDArray[np.float32]]]:
-    """Yield the pairs whose cosine reaches a threshold, and the cosines, block by block."""
-    total = len(train.rows) * len(test.rows)
-    for start in range(0, len(train.rows), _TRAIN_BLOCK):
-        block = _unit_rows(train, start, _TRAIN_BLOCK)
-        for first in range(0, len(test.rows), _TEST_BLOCK):
-            queries = _unit_rows(test, first, _TEST_BLOCK)
-            cosines = queries @ block.T
-            others, rows = np.nonzero(cosines >= threshold)
-            yield rows + start, others + first, cosines[others, rows]
-            if progress is not None:
-                done = start * len(test.rows) + len(block) * (first + len(queries))
-                progress(done, total)
+    """Yield the pairs whose cosine reaches a threshold, and the cosines, some at a time."""
+    gallery = Gallery(train.store)
+    tested = gallery if test.store is train.store else Gallery(test.store)
+    places, others = (_places(part) for part in (train, test))
+    chosen = [part.rows[one.norms[part.rows] > 0] for part, one in ((test, tested), (train, gallery))]
+    for other, row, cosines in similar_pairs(tested, chosen[0], gallery, chosen[1], threshold, progress=progress):
+        yield places[row], others[other], cosines
 
 
-def _unit_rows(part: Part, start: int, count: int) -> npt.NDArray[np.float32]:
-    """Return some embeddings at length 1; those that are zero or not finite are zero, and like nothing."""
-    x = part.store.rows(part.rows[start : start + count])
-    x[~np.isfinite(x).all(axis=1)] = 0
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    unit: npt.NDArray[np.float32] = np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
-    return unit
+def _places(part: Part) -> Rows:
+    """Return where in a part each row of its store stands; -1 for those that it lacks."""
+    places = np.full(len(part.store), -1, dtype=np.int64)
+    places[part.rows] = np.arange(len(part.rows))
+    return places

@@ -38,6 +38,8 @@ class Job:
         Draws what is drawn.
     progress : callable
         Called with one line of text at each step.
+    device : str, default "cpu"
+        Where to fit.
     """
 
     protocol: Protocol
@@ -46,6 +48,11 @@ class Job:
     truth: Truth
     seed: int
     progress: Progress
+    device: str = "cpu"
+
+    def fit(self, rows: Training, *, seed: int, progress: Progress) -> tuple[Any, dict[str, Any]]:
+        """Fit the protocol's head to some rows."""
+        return self.protocol.fit(rows, seed=seed, progress=progress, device=self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +67,13 @@ class Outcome:
 
 def measure_once(job: Job, queries: npt.NDArray[Any]) -> Outcome:
     """Fit to all training rows and score the test rows, of embeddings of shape (q, d)."""
-    estimator, choice = job.protocol.fit(job.rows, seed=job.seed, progress=job.progress)
-    companions = job.protocol.companions(estimator, job.rows)
-    job.progress("scoring the linear head and the k-NN head" if "knn" in companions else "scoring the test rows")
-    found = predict_rows(estimator, queries, job.truth, job.labels)
+    estimator, choice = job.fit(job.rows, seed=job.seed, progress=job.progress)
+    job.progress("scoring the test rows")
+    jury = job.protocol.jury(estimator, job.rows, queries)
+    found = predict_rows(jury.main, jury.questions, job.truth, job.labels)
     metrics = score_rows(found, job.truth, seed=job.seed)
-    for name, companion in companions.items():
-        codes = np.searchsorted(np.array(job.truth.classes), companion.predict(queries))
+    for name, companion in jury.beside.items():
+        codes = np.searchsorted(np.array(job.truth.classes), companion.predict(jury.others))
         correct = codes == job.truth.values
         if name == "knn":
             found |= {"linear": found["predicted"], "knn": codes}
@@ -98,7 +105,7 @@ def measure_folds(job: Job, folds: int) -> Outcome:
                 f"without fold {fold + 1} of {folds}, fewer than two classes are left; take more folds"
             )
         job.progress(f"fold {fold + 1} of {folds}: {int((~inside).sum())} rows to fit to, {int(inside.sum())} to score")
-        estimator, choice = job.protocol.fit(others, seed=job.seed, progress=job.progress)
+        estimator, choice = job.fit(others, seed=job.seed, progress=job.progress)
         blocks.append(predict_rows(estimator, rows.x[inside], job.truth.take(inside), job.labels))
         order.append(np.flatnonzero(inside))
         chosen.append({name: choice[name] for name in ("C", "chosen", "held_out_rows") if name in choice})
@@ -106,7 +113,7 @@ def measure_folds(job: Job, folds: int) -> Outcome:
     found = {name: np.concatenate([block[name] for block in blocks])[back] for name in blocks[0]}
     metrics = score_rows(found, job.truth, seed=job.seed)
     job.progress("fitting to all rows, for the head")
-    estimator, choice = job.protocol.fit(rows, seed=job.seed, progress=job.progress)
+    estimator, choice = job.fit(rows, seed=job.seed, progress=job.progress)
     found["fold"] = of_rows
     return Outcome(metrics, {**choice, "by_fold": chosen}, found, estimator)
 
@@ -120,7 +127,7 @@ def measure_shots(job: Job, queries: npt.NDArray[Any], shots: Sequence[int], see
         runs, drawn = [], np.zeros(0, dtype=np.int64)
         for run in range(seeds):
             drawn = draw_shots(job.rows.y, count, job.seed + run)
-            fitted = job.protocol.fit(job.rows.take(drawn), seed=job.seed + run, progress=_silent)
+            fitted = job.fit(job.rows.take(drawn), seed=job.seed + run, progress=_silent)
             runs.append(predict_rows(fitted[0], queries, job.truth, job.labels))
             first = fitted if run == 0 else first
         values = [float(one["correct"].mean()) for one in runs]

@@ -18,8 +18,10 @@ import numpy.typing as npt
 
 from embedkit.backbones import Backbone, in_batches
 from embedkit.errors import EvaluationError, ImageError, SpecMismatchError
+from embedkit.evaluation.scoring import label_columns
 from embedkit.extraction import Embedded, embed_batches, listed
 from embedkit.heads import load_head
+from embedkit.images.formats import PAD_ADVICE
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store
 from embedkit.store.durable import aside, publish_over
@@ -267,8 +269,11 @@ def _of_images(
     def embedded() -> Iterator[_Embedded]:
         for batch in batches:
             good = zip((entry.id for entry in batch.items), batch.embeddings, strict=True)
-            # Under the image's own id: a decoder may know the file only.
-            bad = ((entry.id, ImageError(entry.id, error.reason, error.kind)) for entry, error in batch.failures)
+            # Under the image's own id: a decoder may know the file only. How images are read, the head has settled.
+            bad = (
+                (entry.id, ImageError(entry.id, error.reason.removesuffix(PAD_ADVICE), error.kind))
+                for entry, error in batch.failures
+            )
             yield from heapq.merge(good, bad, key=_by_bytes)
 
     with closing(batches):
@@ -317,7 +322,7 @@ def _scoring(head: Head) -> tuple[str, list[str], Callable[[npt.NDArray[np.float
     classes = _class_names(head)
     for method, score in (("predict_proba", "probability"), ("decision_function", "score")):
         if hasattr(estimator, method):
-            return score, classes, partial(_columns, getattr(estimator, method), len(classes))
+            return score, classes, partial(_columns, estimator, method, len(classes))
     raise EvaluationError(
         f"the head is a {type(estimator).__name__}, which gives neither probabilities nor scores; fit another one"
     )
@@ -334,11 +339,11 @@ def _class_names(head: Head) -> list[str]:
     return [str(name) for name in codes.tolist()]
 
 
-def _columns(compute: Callable[[npt.NDArray[np.float32]], Any], c: int, x: npt.NDArray[np.float32]) -> Scores:
+def _columns(estimator: Any, method: str, c: int, x: npt.NDArray[np.float32]) -> Scores:
     """Return scores as one column for each class, whatever an estimator calls them."""
-    found = compute(x)
-    if isinstance(found, list):  # Of several labels, scikit-learn has a pair of columns for each.
-        found = np.stack([pair[:, -1] for pair in found], axis=1)
+    found = getattr(estimator, method)(x)
+    if isinstance(found, list):
+        found = label_columns(found, estimator.classes_)
     scores = np.asarray(found, dtype=np.float64)
     if scores.ndim == 1 and c == 2:  # The decision between two classes is one number, positive for the second.
         scores = np.stack([-scores, scores], axis=1)

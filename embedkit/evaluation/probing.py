@@ -14,7 +14,7 @@ import numpy as np
 
 from embedkit import __version__
 from embedkit.backbones import log_differences
-from embedkit.errors import EvaluationError
+from embedkit.errors import EvaluationError, StoreFormatError
 from embedkit.evaluation.estimates import warn_of_memory
 from embedkit.evaluation.fitted import FittedHead
 from embedkit.evaluation.leaks import THRESHOLD, Leaks, find_leaks
@@ -22,6 +22,7 @@ from embedkit.evaluation.outcomes import Job, Outcome, measure_folds, measure_on
 from embedkit.evaluation.protocols import Protocol, find_protocol
 from embedkit.evaluation.reports import Report
 from embedkit.evaluation.splits import TASKS, Part, Split, split_store, training_part, whole_store
+from embedkit.evaluation.streaming import StoredRows, is_streamed
 from embedkit.evaluation.suspects import small_classes
 from embedkit.evaluation.targets import Training, find_truth, fitted_labels, training_targets
 from embedkit.store import Store
@@ -30,8 +31,10 @@ from embedkit.text import counted, printable
 # Of few-shot runs where nobody said how many; one draw of a few rows tells little.
 FEW_SHOT_SEEDS = 5
 
-# Multiplications that looking for pictures that are alike may cost: a minute or two of two processors.
-MOST_PRODUCTS = 2e12
+# Multiplications that looking for pictures that are alike may stand for: minutes of two processors, since a few
+# coordinates settle most pairs.
+MOST_PRODUCTS = 5e12
+LONG_PRODUCTS = 1e11
 
 Progress = Callable[[str], None]
 StoreLike = Store | str | os.PathLike[str]
@@ -49,6 +52,7 @@ def probe(
     folds: int | None = None,
     target: str = "class",
     drop_leaks: bool = False,
+    device: str = "cpu",
     seed: int = 0,
     train_split: str = "train",
     test_split: str | None = None,
@@ -86,6 +90,9 @@ def probe(
         "regression", the numbers of the split file's column target.
     drop_leaks : bool, default False
         Whether to leave out training rows that show a picture of the test part. They are counted in any case.
+    device : str, default "cpu"
+        Where logistic regression and the perceptron are fitted, in torch's words, such as "cuda". Every other head
+        runs on the CPU and refuses another device.
     seed : int, default 0
         Draws the held-out rows, folds, shots and the bootstrap.
     train_split : str, default "train"
@@ -129,7 +136,7 @@ def probe(
     >>> folder.cleanup()
     """
     recipe = find_protocol(protocol, head)
-    options = _Options.checked(recipe, protocol, test, split, shots, seeds, folds, target, seed)
+    options = _Options.checked(recipe, protocol, test, split, shots, seeds, folds, target, seed, device)
     say = progress or _silent
     trained, tested, left_out = _parts(train, test, split, (train_split, test_split), options)
     log_differences(trained.store.spec, trained.store.recipe)
@@ -141,13 +148,14 @@ def probe(
         inputs["leaks"] = {**leaks.summary(), "dropped": len(leaks.drop) if drop_leaks else 0}
     _warn(trained, tested, recipe, options, say)
     say(f"reading {len(trained.rows)} training and {len(tested.rows)} test rows")
-    rows = Training(trained.embeddings(), training_targets(trained), target, trained.groups())
+    x = StoredRows(trained) if _stays(trained, recipe, options) else trained.embeddings()
+    rows = Training(x, training_targets(trained), target, trained.groups())
     labels = fitted_labels(trained) if target == "multi-label" else []
-    job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say)
+    job = Job(recipe, rows, labels, find_truth(trained, tested), seed, say, device)
     outcome = _measure(job, tested, options)
     parameters = {
-        "protocol": protocol, "protocol_version": recipe.version, "task": target, "seed": seed, **recipe.settings(),
-        **outcome.choice, **options.told(),
+        "protocol": protocol, "protocol_version": recipe.version, "task": target, "seed": seed, "device": device,
+        **recipe.settings(), **outcome.choice, **options.told(),
     }  # fmt: skip
     if "k" in parameters:
         parameters["k"] = min(parameters["k"], len(rows.x))
@@ -173,7 +181,7 @@ class _Options:
     @classmethod
     def checked(
         cls, recipe: Protocol, name: str, test: Any, split: Any, shots: int | Sequence[int] | None, seeds: int | None,
-        folds: int | None, target: str, seed: int,
+        folds: int | None, target: str, seed: int, device: str,
     ) -> _Options:  # fmt: skip
         if seed < 0:
             raise EvaluationError(f"the seed must not be negative; got {seed}")
@@ -183,6 +191,11 @@ class _Options:
             raise EvaluationError(f"the protocol {name!r} is for classes; {target} goes with 'default'")
         if folds and test is not None:
             raise EvaluationError("folds cross-validate one store; leave the test store out, or the folds")
+        if device != "cpu" and not recipe.runs_on_devices(target):
+            raise EvaluationError(
+                f"the head of this probe is fitted on the CPU, not on {device!r}; a device goes with logistic "
+                "regression and the head 'mlp'"
+            )
         if not folds and (test is None) == (split is None):
             found = "neither" if test is None else "both"
             raise EvaluationError(
@@ -267,7 +280,13 @@ def _inputs(train: Part, test: Part, left_out: dict[str, Any], split: str | os.P
 def _leaks_of(train: Part, test: Part, progress: Progress) -> Leaks:
     """Return the pictures that both parts have; those that are only alike where comparing all pairs is affordable."""
     near = len(train.rows) * len(test.rows) * train.store.dim <= MOST_PRODUCTS
-    leaks = find_leaks(train, test, threshold=THRESHOLD if near else None)
+    if near and len(train.rows) * len(test.rows) * train.store.dim > LONG_PRODUCTS:
+        progress(f"comparing {len(test.rows):,} test rows with {len(train.rows):,} training rows, to find leaks")
+    try:
+        leaks = find_leaks(train, test, threshold=THRESHOLD if near else None)
+    except StoreFormatError:  # Rows that are not finite: those of the two parts are named when they are read.
+        progress("embeddings that are not finite: pictures that are only alike are not looked for")
+        leaks = find_leaks(train, test, threshold=None)
     for line in leaks.to_text().splitlines() if leaks.pairs else ():
         progress(line)
     if not near:
@@ -286,7 +305,13 @@ def _warn(trained: Part, tested: Part, recipe: Protocol, options: _Options, prog
         progress(f"{counted(len(few), 'class')} with fewer than 5 training rows: {some}{more}")
     c = len(np.unique(trained.names)) if trained.task == "class" else max(1, len(fitted_labels(trained)))
     rows = min(len(trained.rows), max(options.shots) * c) if options.shots else len(trained.rows)
-    warn_of_memory(rows, trained.store.dim, c, head=recipe.head_name, tested=len(tested.rows))
+    streamed = _stays(trained, recipe, options)
+    warn_of_memory(rows, trained.store.dim, c, head=recipe.head_name, tested=len(tested.rows), streamed=streamed)
+
+
+def _stays(trained: Part, recipe: Protocol, options: _Options) -> bool:
+    """Return whether training rows are read from their store block by block, and never held."""
+    return is_streamed(recipe.head_name, trained) and not (options.folds or options.shots)
 
 
 def _measure(job: Job, tested: Part, options: _Options) -> Outcome:

@@ -5,16 +5,17 @@ A protocol sees training rows only; whatever it chooses, it chooses on rows that
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.folding import hold_out
+from embedkit.evaluation.streaming import StoredRows, search_streamed
 from embedkit.evaluation.targets import Training
 from embedkit.evaluation.tuning import fit_tuned, fresh
 from embedkit.heads import (
@@ -27,10 +28,33 @@ from embedkit.heads import (
     logistic_regression,
     sweep_logistic,
 )
+from embedkit.heads.neighbours import KnownNeighbours
 from embedkit.heads.plain import plain_logistic
 
 Progress = Callable[[str], None]
 Fitted = tuple[Any, dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Jury:
+    """What is asked about test rows.
+
+    Parameters
+    ----------
+    main : estimator
+        The protocol's head.
+    beside : dict of str to estimator
+        Others, by name.
+    questions : array
+        What the main head is asked: embeddings of shape (q, d), or numbers of queries that were searched for before.
+    others : array
+        What those beside it are asked.
+    """
+
+    main: Any
+    beside: dict[str, Any]
+    questions: npt.NDArray[Any]
+    others: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,7 @@ class Protocol:
     shots: ClassVar[tuple[int, ...]] = ()  # Of a protocol that is few-shot by itself.
     seeds: ClassVar[int] = 1
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Fit the protocol's head.
 
         Parameters
@@ -53,6 +77,8 @@ class Protocol:
             Draws what is drawn.
         progress : callable
             Called with one line of text at each step.
+        device : str, default "cpu"
+            Where to fit, in torch's words; of protocols that run on devices.
 
         Returns
         -------
@@ -68,9 +94,13 @@ class Protocol:
         """What an estimate of memory calls the head."""
         return "logistic"
 
-    def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
-        """Return further fitted heads by name that are scored beside the protocol's, and never chosen from."""
-        return {}
+    def runs_on_devices(self, task: str) -> bool:
+        """Return whether the head for a task can be fitted elsewhere than on the CPU."""
+        return False
+
+    def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
+        """Return what is scored on the test rows: the fitted head, and others beside it that are never chosen from."""
+        return Jury(estimator, {}, queries, queries)
 
     def settings(self) -> dict[str, Any]:
         """Return the protocol's fields, which a report repeats."""
@@ -111,7 +141,7 @@ class Default(Protocol):
     temperature: float = 0.07
     head: Any = None
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Fit the head, see `Protocol.fit`."""
         head = self.head if self.head is not None else "ridge" if rows.task == "regression" else "logistic"
         if not isinstance(head, str):
@@ -119,12 +149,16 @@ class Default(Protocol):
         if head not in HEADS:
             raise EvaluationError(f"there is no head {head!r}; known: {', '.join(map(repr, HEADS))}")
         if head != "logistic":
-            estimator, choice = fit_tuned(head, rows, fraction=self.fraction, seed=seed, progress=progress)
+            estimator, choice = fit_tuned(
+                head, rows, fraction=self.fraction, seed=seed, progress=progress, device=device
+            )
             return estimator, {"head": head, **choice}
         if rows.task == "regression":
             raise EvaluationError("logistic regression predicts classes; for numbers take the head ridge, knn or mlp")
         held = hold_out(len(rows.x), self.fraction, seed, strata=rows.strata, groups=rows.groups)
-        estimator, choice = fit_logistic(rows.x, rows.y, held_out=held, C_grid=self.C_grid, progress=progress)
+        estimator, choice = fit_logistic(
+            rows.x, rows.y, held_out=held, C_grid=self.C_grid, device=device, progress=progress
+        )
         return estimator, {"head": head, **choice}
 
     @property
@@ -133,11 +167,19 @@ class Default(Protocol):
         head = "logistic" if self.head is None else self.head
         return head if isinstance(head, str) else type(head).__name__
 
-    def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
-        """Return the k-NN head, for classes."""
+    def runs_on_devices(self, task: str) -> bool:
+        """Return True for logistic regression and the perceptron."""
+        return self.head_name in ("logistic", "mlp") and (self.head is not None or task != "regression")
+
+    def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
+        """Return the head, and for classes the k-NN head beside it."""
         if rows.task != "class":
-            return {}
-        return {"knn": WeightedKNN(k=self.k, temperature=self.temperature).fit(rows.x, rows.y)}
+            return Jury(estimator, {}, queries, queries)
+        if isinstance(rows.x, StoredRows):
+            known = search_streamed(rows.x, rows.y, queries, k=self.k, temperature=self.temperature)
+            return Jury(estimator, {"knn": known}, queries, np.arange(len(queries)))
+        knn = WeightedKNN(k=self.k, temperature=self.temperature).fit(rows.x, rows.y)
+        return Jury(estimator, {"knn": knn}, queries, queries)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that matter, without an estimator, which JSON cannot hold."""
@@ -173,7 +215,7 @@ class DinoKNN(Protocol):
     temperature: float = 0.07
     ks: tuple[int, ...] = (10, 20, 100, 200)
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Keep the rows, see `Protocol.fit`."""
         head = WeightedKNN(k=self.k, temperature=self.temperature).fit(rows.x, rows.y)
         return head, {"head": "knn", "chosen": {"k": min(self.k, len(rows.x)), "T": self.temperature}}
@@ -183,9 +225,12 @@ class DinoKNN(Protocol):
         """What an estimate of memory calls the head."""
         return "knn"
 
-    def companions(self, estimator: Any, rows: Training) -> dict[str, Any]:
-        """Return the k-NN heads of the other k, over the same rows in memory."""
-        return {str(k): copy.copy(estimator).set_params(k=k) for k in self.ks if k != self.k}
+    def jury(self, estimator: Any, rows: Training, queries: npt.NDArray[Any]) -> Jury:
+        """Return the heads of all k, over one search."""
+        scores, nearest = estimator.search(queries, max(self.k, *self.ks))
+        heads = {str(k): KnownNeighbours(estimator, scores, nearest, k) for k in (self.k, *self.ks)}
+        numbers = np.arange(len(queries))
+        return Jury(heads.pop(str(self.k)), heads, numbers, numbers)
 
 
 @dataclass(frozen=True)
@@ -220,15 +265,19 @@ class Dinov2LogReg(Protocol):
     fraction: float = 0.1
     max_iter: int = 1000
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Choose C and fit, see `Protocol.fit`."""
         grid = tuple(float(C) for C in 10 ** np.linspace(*self.decades, self.values))
         held = hold_out(len(rows.x), self.fraction, seed, groups=rows.groups)
         estimator, choice = fit_logistic(
             rows.x, rows.y, held_out=held, C_grid=grid, criterion="accuracy", standardise=False,
-            max_iter=self.max_iter, progress=progress,
+            max_iter=self.max_iter, device=device, progress=progress,
         )  # fmt: skip
         return estimator, {"head": "logistic", **choice}
+
+    def runs_on_devices(self, task: str) -> bool:
+        """Return True."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -265,7 +314,7 @@ class ClipLBFGS(Protocol):
     fraction: float = 0.2
     max_iter: int = 1000
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Search C and fit, see `Protocol.fit`."""
         held = hold_out(len(rows.x), self.fraction, seed, strata=rows.strata, groups=rows.groups)
         scores: dict[float, float] = {}
@@ -275,7 +324,7 @@ class ClipLBFGS(Protocol):
         for _ in range(self.halvings + 1 if held.any() else 0):
             found, failed = sweep_logistic(
                 rows.x, rows.y, held, sorted(grid), standardise=False, criterion="accuracy",
-                max_iter=self.max_iter, progress=progress,
+                max_iter=self.max_iter, device=device, progress=progress,
             )  # fmt: skip
             scores.update(found)
             unconverged += failed
@@ -283,10 +332,14 @@ class ClipLBFGS(Protocol):
             step /= 2
             grid = [C for C in (best * 10**-step, best * 10**step) if widest[0] <= C <= widest[1]]
         C = min(scores, key=lambda C: (-scores[C], C)) if scores else 1.0
-        head = logistic_regression(C, max_iter=self.max_iter, standardise=False)
+        head = logistic_regression(C, max_iter=self.max_iter, standardise=False, device=device)
         choice = {"C": C, "C_scores": dict(sorted(scores.items())), "held_out_rows": int(held.sum())}
         converged = fit_quietly(head, rows.x, rows.y)
         return head, {"head": "logistic", **choice, "converged": converged, "C_not_converged": unconverged}
+
+    def runs_on_devices(self, task: str) -> bool:
+        """Return True."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -318,7 +371,7 @@ class BigVisionFewShot(Protocol):
     regularisation: float = 1024.0
     bias: float = 100.0
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Solve, see `Protocol.fit`."""
         head = LeastSquares(regularisation=self.regularisation, bias=self.bias).fit(rows.x, rows.y)
         return head, {"head": "least squares", "chosen": {"l2": self.regularisation}}
@@ -351,7 +404,7 @@ class MtebImage(Protocol):
     C: float = 1.0
     max_iter: int = 100
 
-    def fit(self, rows: Training, *, seed: int, progress: Progress) -> Fitted:
+    def fit(self, rows: Training, *, seed: int, progress: Progress, device: str = "cpu") -> Fitted:
         """Fit, see `Protocol.fit`."""
         head = plain_logistic(self.C, max_iter=self.max_iter)
         return head, {"head": "logistic", "C": self.C, "converged": fit_quietly(head, rows.x, rows.y)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def _predict_block(estimator: Any, x: npt.NDArray[Any], truth: Truth, labels: li
     predicted = np.searchsorted(classes, estimator.predict(x))
     found = {"true": truth.values, "predicted": predicted, "correct": predicted == truth.values}
     scores, likely = class_scores(estimator, x)
-    if scores is None:
-        return found
+    if scores is None or scores.shape[1] != len(estimator.classes_):
+        return found  # Such as one score for each pair of classes.
     known = np.searchsorted(classes, estimator.classes_)
     columns = np.full(len(classes), -1)
     columns[known] = np.arange(len(known))
@@ -108,13 +109,28 @@ def class_scores(estimator: Any, x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any] 
     for method in ("predict_proba", "decision_function"):
         if hasattr(estimator, method):
             scores = getattr(estimator, method)(x)
-            if isinstance(scores, list):  # scikit-learn's habit with several outputs: one array of (n, 2) for each.
-                scores = np.stack([one[:, -1] for one in scores], axis=1)
+            if isinstance(scores, list):
+                scores = label_columns(scores, estimator.classes_)
             scores = np.asarray(scores)
             if scores.ndim == 1:  # Of two classes, the second's distance alone.
                 scores = np.stack([-scores, scores], axis=1)
             return scores, method == "predict_proba"
     return None, False
+
+
+def label_columns(scores: Sequence[npt.NDArray[Any]], known: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return one column for each label, of what scikit-learn returns for several outputs: one array for each.
+
+    Parameters
+    ----------
+    scores : sequence of arrays of shape (n, 1 or 2)
+        A column for each of the values that a label had in training.
+    known : sequence of arrays
+        Those values: 0 and 1, or one of them alone.
+    """
+    zero = np.zeros(len(scores[0]))
+    columns = [one[:, -1] if values[-1] else zero for one, values in zip(scores, known, strict=True)]
+    return np.stack(columns, axis=1)
 
 
 def score_classes(found: Predictions, classes: list[str], *, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from embedkit.errors import EvaluationError
 from embedkit.evaluation.probing import probe
 from embedkit.evaluation.protocols import PROTOCOLS
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17  # A thousand lines; PyYAML reads a megabyte in a minute.
 MAX_DEPTH = 20
 MAX_CELLS = 10_000
 
@@ -140,12 +140,13 @@ class Suite:
                 raise EvaluationError(f"{where}: {what} is empty; name at least one")
             seen: dict[str, str] = {}
             for part in parts:
-                other = seen.setdefault(file_name(part.name).casefold(), part.name)
-                if other is not part.name:
+                file = file_name(part.name).casefold()
+                if file in seen:
                     raise EvaluationError(
-                        f"{where}: {what} has two called {other!r} and {part.name!r}, whose files would have one name; "
-                        "give one of them another name"
+                        f"{where}: {what} has two called {seen[file]!r} and {part.name!r}, whose files would have one "
+                        "name; give one of them another name"
                     )
+                seen[file] = part.name
         if len(self.backbones) * len(self.data) * len(self.protocols) > MAX_CELLS:
             raise EvaluationError(f"{where}: more than {MAX_CELLS:,} cells; make several suites of it")
         for data in self.data:
@@ -348,10 +349,10 @@ class _Reading:
 
     def plain(self, node: Any) -> Any:
         """Return the JSON value of a node."""
-        value = self._loader.construct_object(node, deep=True)
         try:
+            value = self._loader.construct_object(node, deep=True)
             json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:  # Also of what only looks like a date or a number.
             raise self.fail(node, f"a value is a text, a number, a list or a mapping: {error}") from error
         return value
 
@@ -365,7 +366,7 @@ class _Reading:
         given = self.filled(node, self.text(node, key))
         if "://" in given or given.startswith("dataset:"):
             return given
-        return os.path.normpath(self.path.parent.absolute() / Path(given).expanduser())
+        return os.path.normpath(self.path.parent.absolute() / os.path.expanduser(given))
 
     def filled(self, node: Any, text: str) -> str:
         def folder(match: re.Match[str]) -> str:

@@ -18,8 +18,8 @@ class Training:
 
     Parameters
     ----------
-    x : array of float32 of shape (n, d)
-        Embeddings.
+    x : array of float32 of shape (n, d), or StoredRows
+        Embeddings, in memory or where they are stored; see `embedkit.evaluation.streaming`.
     y : array
         Class names of shape (n,), 0 and 1 of shape (n, c) for several labels a row, or numbers of shape (n,).
     task : str
@@ -28,7 +28,7 @@ class Training:
         Equal for byte-identical pictures, which must not be on two sides of a held-out part.
     """
 
-    x: npt.NDArray[np.float32]
+    x: Any
     y: npt.NDArray[Any]
     task: str = "class"
     groups: npt.NDArray[np.int64] | None = None

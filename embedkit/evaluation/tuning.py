@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.metrics import average_precisions
 from embedkit.evaluation.scoring import class_scores
+from embedkit.evaluation.streaming import StoredRows, fit_streamed
 from embedkit.evaluation.targets import Training
 from embedkit.heads import fit_quietly, make_head, ridge_sweep
 
@@ -26,10 +28,13 @@ GRIDS: dict[str, tuple[str, tuple[float | int, ...]]] = {
     "knn": ("k", (200, 100, 50, 20, 10, 5, 1)),
     "mlp": ("weight_decay", (1e-2, 1e-3, 1e-4)),
 }
+# Each larger C of a support vector machine takes longer, the last one a hundred times as long as the first: after so
+# many values in a row that are worse than the best, the others are left out.
+PATIENCE = {"svm": 3}
 
 
 def fit_tuned(
-    name: str, rows: Training, *, fraction: float, seed: int, progress: Progress
+    name: str, rows: Training, *, fraction: float, seed: int, progress: Progress, device: str = "cpu"
 ) -> tuple[Any, dict[str, Any]]:
     """Fit a head by name, choosing its number in `GRIDS` on held-out training rows.
 
@@ -45,6 +50,8 @@ def fit_tuned(
         Draws them, and whatever the head draws.
     progress : callable
         Called with one line of text for each value.
+    device : str, default "cpu"
+        Where to fit a perceptron.
 
     Returns
     -------
@@ -54,11 +61,11 @@ def fit_tuned(
         "chosen" ``{parameter: value}``, "losses" ``{value: loss on the held-out rows}``, "criterion",
         "held_out_rows"; "note" where there was nothing to choose by.
     """
-    settings: dict[str, Any] = {"task": rows.task, "seed": seed}
+    settings: dict[str, Any] = {"task": rows.task, "seed": seed, "device": device}
     if name not in GRIDS:
-        head = _made(name, {}, **settings)
-        return head, {"chosen": {}, "converged": fit_quietly(head, rows.x, rows.y)}
-    parameter, grid = GRIDS[name]
+        head, converged = _fitted(name, {}, rows, settings)
+        return head, {"chosen": {}, "converged": converged}
+    parameter = GRIDS[name][0]
     held = hold_out(len(rows.x), fraction, seed, strata=rows.strata, groups=rows.groups)
     choice: dict[str, Any] = {"chosen": {}, "held_out_rows": int(held.sum()), "losses": {}}
     if held.any():
@@ -68,34 +75,49 @@ def fit_tuned(
                 f"{parameter} = {value:g}: {choice['criterion']} {loss:.4f} on {int(held.sum())} held-out training rows"
             )
         # min returns the first of equals.
-        choice["chosen"] = {parameter: min(grid, key=choice["losses"].__getitem__)}
+        choice["chosen"] = {parameter: min(choice["losses"], key=choice["losses"].__getitem__)}
     else:
         choice["note"] = f"every class has one training row, so none could be held out to choose {parameter} by"
-    head = _made(name, choice["chosen"], **settings)
-    choice["converged"] = fit_quietly(head, rows.x, rows.y)
+    progress(f"fitting to all {len(rows.x):,} training rows")
+    head, choice["converged"] = _fitted(name, choice["chosen"], rows, settings)
     return head, choice
+
+
+def _fitted(name: str, chosen: dict[str, float], rows: Training, settings: dict[str, Any]) -> tuple[Any, bool]:
+    """Return a head that is fitted to all rows, and whether its solver converged."""
+    if isinstance(rows.x, StoredRows):
+        return fit_streamed(name, rows.x, rows.y, chosen), True
+    head = _made(name, chosen, **settings)
+    return head, fit_quietly(head, rows.x, rows.y)
 
 
 def _losses(
     name: str, rows: Training, held: npt.NDArray[np.bool_], settings: dict[str, Any]
 ) -> Iterator[tuple[float, tuple[float, str]]]:
-    """Yield every value of a head's grid, and how wrong the head with it is about the held-out rows."""
+    """Yield values of a head's grid, and how wrong the head with it is about the held-out rows."""
     parameter, grid = GRIDS[name]
     kept, queries = rows.take(~held), rows.take(held)
     if name == "ridge":  # All of them from one eigendecomposition.
         for value, answers in ridge_sweep(rows.x, rows.y, held, grid, task=rows.task).items():
             yield value, answer_loss(answers, queries)
         return
+    best, worse = math.inf, 0
     for value in grid:
         head = _made(name, {parameter: value}, **settings)
         fit_quietly(head, kept.x, kept.y)
-        yield value, held_out_loss(head, queries, likely=name != "knn")
+        loss, criterion = held_out_loss(head, queries, likely=name != "knn")
+        yield value, (loss, criterion)
+        best, worse = min(best, loss), worse + 1 if loss > best else 0
+        if worse == PATIENCE.get(name):
+            return
 
 
-def _made(name: str, parameters: dict[str, float], *, task: str, seed: int) -> Any:
+def _made(name: str, parameters: dict[str, float], *, task: str, seed: int, device: str) -> Any:
     head = make_head(name, task=task, **parameters)
     if "random_state" in head.get_params():
         head.set_params(random_state=seed)
+    if "device" in head.get_params():
+        head.set_params(device=device)
     return head
 
 

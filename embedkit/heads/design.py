@@ -12,7 +12,7 @@ import torch
 
 Array = npt.NDArray[Any]
 
-ROWS = 8192  # Of one block: 40 MB of a wide matrix, and as much for the logits of 1,000 classes.
+ROWS = 4096  # Of one block: 20 MB of a wide matrix, near the processor, and 16 MB of logits for 1,000 classes.
 WIDEST = 4096  # Beyond it, eigenvectors cost more than they save.
 LEAST_SHARE = 1e-10  # Variance, as a share of the largest, below which a direction is rounding.
 
@@ -45,8 +45,19 @@ class Design:
     spectrum: torch.Tensor
 
     @classmethod
-    def of(cls, x: Array, chosen: npt.NDArray[np.int64], *, standardise: bool, device: str) -> Design:
-        """Return the design of some rows of a matrix, which is read block by block and never copied as a whole."""
+    def of(
+        cls,
+        x: Array,
+        chosen: npt.NDArray[np.int64],
+        *,
+        standardise: bool,
+        device: str,
+        directions: torch.Tensor | None = None,
+    ) -> Design:
+        """Return the design of some rows of a matrix, which is read block by block and never copied as a whole.
+
+        The `directions` of other rows like these, a whole basis, save the search for these rows' own.
+        """
         mean, variance = moments(x, chosen)
         scale = np.ones_like(mean)
         if standardise:  # A column without spread is left alone, as scikit-learn's scaler leaves it.
@@ -58,13 +69,15 @@ class Design:
             return cls(rows, mean, variance, scale, None, _tensor(variance / np.square(scale), device))
         if n < d:
             return cls._of_few(x, chosen, mean, variance, scale, device)
-        gram = torch.zeros(d, d, dtype=torch.float64, device=device)
-        for block in _standardised(x, chosen, mean, scale, device):
-            gram += block.T @ block
-        values, vectors = torch.linalg.eigh(gram / n)
-        directions = vectors.float().contiguous()
+        if directions is None or directions.shape != (d, d):
+            gram = torch.zeros(d, d, dtype=torch.float64, device=device)
+            for block in _standardised(x, chosen, mean, scale, device):
+                gram += block.T @ block
+            # Any basis is exact. That of float32 is as even as the solver needs, in half the time.
+            directions = torch.linalg.eigh((gram / n).float()).eigenvectors.contiguous()
         rows = _rows(x, chosen, mean, scale, directions, device)
-        return cls(rows, mean, variance, scale, directions, values.clamp_min(0).float())
+        spectrum = torch.linalg.vector_norm(rows, dim=0).square_().div_(n)
+        return cls(rows, mean, variance, scale, directions, spectrum)
 
     @classmethod
     def _of_few(
@@ -82,6 +95,17 @@ class Design:
         vectors = vectors[:, kept]
         directions = (few.T @ (vectors / lengths).float()).contiguous()
         return cls((vectors * lengths).float(), mean, variance, scale, directions, (values[kept] / len(few)).float())
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions of the embeddings, d."""
+        return len(self.mean)
+
+    def largest(self, gradient: torch.Tensor) -> float:
+        """Return the largest entry of a gradient of shape (r + 1, c), the last row the biases', in all d dimensions."""
+        by_weights, by_bias = gradient[:-1], gradient[-1]
+        wide = by_weights if self.directions is None else by_weights.T @ self.directions.T
+        return max(float(wide.abs().max()), float(by_bias.abs().max()))
 
     def project(self, x: Array, chosen: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return other rows in this design's coordinates, of shape (q, r)."""
@@ -115,9 +139,18 @@ def _standardised(
     x: Array, chosen: npt.NDArray[np.int64], mean: Array, scale: Array, device: str
 ) -> Iterator[torch.Tensor]:
     """Yield blocks of rows on the device, centred and scaled."""
-    for start in range(0, len(chosen), ROWS // 4):
-        # Centred in float64, so that a large mean costs no digits.
-        yield _tensor((x[chosen[start : start + ROWS // 4]] - mean) / scale, device)
+    # A large mean costs no digits: it is taken away in float64, or in two parts from rows of float32.
+    high = mean.astype(np.float32)
+    low, shrink = (mean - high).astype(np.float32), (1 / scale).astype(np.float32)
+    for start in range(0, len(chosen), ROWS // 2):
+        block = x[chosen[start : start + ROWS // 2]]
+        if block.dtype == np.float32:
+            block -= high
+            block -= low
+            block *= shrink
+            yield torch.from_numpy(block).to(device)
+        else:
+            yield _tensor((block - mean) / scale, device)
 
 
 def _rows(

@@ -33,8 +33,8 @@ class LogisticHead(LinearClassifierMixin, BaseEstimator):  # type: ignore[misc]
     max_iter : int, default 1000
         Limit on the L-BFGS steps.
     tol : float, default 1e-4
-        The solver has converged when no class's part of the gradient of the mean loss is longer than this.
-        scikit-learn compares the largest single entry, which is less strict.
+        The solver has converged when no entry of the gradient of the mean loss, penalty included, is above this, as
+        in scikit-learn; by weights it is taken with the rows' mean removed.
     device : str, default "cpu"
         Where to compute, in torch's words.
 
@@ -85,8 +85,8 @@ class LogisticHead(LinearClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.adopt(path)
         if not self.converged_:
             warnings.warn(
-                f"the gradient is {self.gradient_norm_:.1e} long after {self.n_iter_} steps, not {self.tol:.1e}: "
-                "more max_iter, a smaller C, or standardised rows help",
+                f"the gradient has an entry of {self.gradient_norm_:.1e} after {self.n_iter_} steps, above "
+                f"{self.tol:.1e}: more max_iter, a smaller C, or standardised rows help",
                 ConvergenceWarning,
                 stacklevel=2,
             )

@@ -14,12 +14,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from embedkit.errors import EvaluationError
 from embedkit.heads.labels import encode
+from embedkit.index.exact import nearest_rows
 
 Array = npt.NDArray[Any]
 
-# One block of similarities has at most this many rows and columns: 16 MiB in float32, and large enough for BLAS.
-QUERY_BLOCK = 256
-GALLERY_BLOCK = 16384
+# One block of similarities has at most this many rows and columns: 32 MiB in float64, and large enough for BLAS.
+QUERY_BLOCK = 1024
+GALLERY_BLOCK = 4096
 
 
 class _Neighbours(BaseEstimator):  # type: ignore[misc]
@@ -35,27 +36,42 @@ class _Neighbours(BaseEstimator):  # type: ignore[misc]
                 f"k must be at least 1 and temperature above 0; got k={self.k!r}, temperature={self.temperature!r}"
             )
 
+    def search(self, X: npt.ArrayLike, k: int | None = None) -> tuple[Array, Array]:
+        """Return similarities and training rows of the nearest neighbours of each row, best first.
+
+        Parameters
+        ----------
+        X : array of shape (q, d)
+            Embeddings.
+        k : int, optional
+            How many neighbours in place of the head's own number; all rows where there are fewer.
+
+        Returns
+        -------
+        scores, rows : arrays of shape (q, min(k, n))
+            Cosine similarities, and rows of `embeddings_`. FAISS finds those of float32 rows; float64 stays float64.
+        """
+        check_is_fitted(self)
+        blocks = list(self._blocks(X, self.k if k is None else k))
+        return np.concatenate([scores for scores, _ in blocks]), np.concatenate([rows for _, rows in blocks])
+
+    def _blocks(self, X: npt.ArrayLike, k: int) -> Iterator[tuple[Array, Array]]:
+        """Yield what `search` returns for one block of queries after the other."""
+        queries = validate_data(self, X, dtype=self.embeddings_.dtype, reset=False)
+        find = nearest_rows if self.embeddings_.dtype == np.float32 else _nearest_doubles
+        for start in range(0, len(queries), QUERY_BLOCK):
+            yield find(normalize(queries[start : start + QUERY_BLOCK]), self.embeddings_, k)
+
     def _weights(self, X: npt.ArrayLike) -> Iterator[tuple[Array, Array]]:
         """Yield weights and rows of the neighbours, both (q, k), for one block of queries after the other."""
         check_is_fitted(self)
-        queries = validate_data(self, X, dtype=self.embeddings_.dtype, reset=False)
-        for start in range(0, len(queries), QUERY_BLOCK):
-            scores, rows = self._neighbours(normalize(queries[start : start + QUERY_BLOCK]))
-            # A common factor does not change the shares; without it, exp overflows at small temperatures.
-            yield np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64) / self.temperature), rows
+        for scores, rows in self._blocks(X, self.k):
+            yield self._weighed(scores), rows
 
-    def _neighbours(self, queries: Array) -> tuple[Array, Array]:
-        """Return scores and rows of the k most similar training rows, both (q, k) and in no particular order."""
-        scores = np.empty((len(queries), 0), dtype=queries.dtype)
-        rows = np.empty((len(queries), 0), dtype=np.int64)
-        for start in range(0, len(self.embeddings_), GALLERY_BLOCK):
-            block = queries @ self.embeddings_[start : start + GALLERY_BLOCK].T
-            best = _largest(block, self.k)
-            scores = np.concatenate([scores, np.take_along_axis(block, best, axis=1)], axis=1)
-            rows = np.concatenate([rows, best + start], axis=1)
-            best = _largest(scores, self.k)
-            scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
-        return scores, rows
+    def _weighed(self, scores: Array) -> Array:
+        # A common factor does not change the shares; without it, exp overflows at small temperatures.
+        weights: Array = np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64) / self.temperature)
+        return weights
 
 
 class WeightedKNN(ClassifierMixin, _Neighbours):  # type: ignore[misc]
@@ -138,13 +154,58 @@ class WeightedKNN(ClassifierMixin, _Neighbours):  # type: ignore[misc]
 
     def _votes(self, X: npt.ArrayLike) -> Iterator[Array]:
         """Yield the shares of the votes for one block of queries after the other."""
-        check_is_fitted(self)
-        classes = len(self.classes_)
         for weights, rows in self._weights(X):
-            cells = np.arange(len(rows))[:, None] * classes + self.codes_[rows]
-            votes = np.bincount(cells.ravel(), weights=weights.ravel(), minlength=len(rows) * classes)
-            votes = votes.reshape(len(rows), classes)
-            yield votes / votes.sum(axis=1, keepdims=True)
+            yield self._counted(weights, rows)
+
+    def _counted(self, weights: Array, rows: Array) -> Array:
+        classes = len(self.classes_)
+        cells = np.arange(len(rows))[:, None] * classes + self.codes_[rows]
+        votes = np.bincount(cells.ravel(), weights=weights.ravel(), minlength=len(rows) * classes)
+        votes = votes.reshape(len(rows), classes)
+        shares: Array = votes / votes.sum(axis=1, keepdims=True)
+        return shares
+
+
+class KnownNeighbours:
+    """A k-NN head over queries whose neighbours are known: it is asked for their numbers, not for embeddings.
+
+    Several k, and both labels and probabilities, then cost one search.
+
+    Parameters
+    ----------
+    head : WeightedKNN
+        Fitted.
+    scores, rows : arrays of shape (q, m)
+        What ``head.search(queries, m)`` returned.
+    k : int
+        How many of the neighbours vote.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from embedkit.heads.neighbours import KnownNeighbours, WeightedKNN
+    >>> head = WeightedKNN().fit([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], ["cat", "cat", "dog"])
+    >>> scores, rows = head.search([[0.2, 1.0], [2.0, 0.1]])
+    >>> KnownNeighbours(head, scores, rows, k=1).predict(np.array([1, 0])).tolist()
+    ['cat', 'dog']
+    """
+
+    def __init__(self, head: WeightedKNN, scores: Array, rows: Array, k: int) -> None:
+        self.head, self.scores, self.rows = head, scores[:, :k], rows[:, :k]
+        self.classes_ = head.classes_
+
+    def predict(self, numbers: Array) -> Array:
+        """Return the label with the most votes for each of the queries with these numbers."""
+        labels: Array = self.classes_[self._shares(numbers).argmax(axis=1)]
+        return labels
+
+    def predict_proba(self, numbers: Array) -> Array:
+        """Return each class's share of the votes, of shape (len(numbers), c)."""
+        shares: Array = self._shares(numbers).astype(self.scores.dtype)
+        return shares
+
+    def _shares(self, numbers: Array) -> Array:
+        return self.head._counted(self.head._weighed(self.scores[numbers]), self.rows[numbers])
 
 
 class _TargetKNN(_Neighbours):
@@ -248,6 +309,21 @@ class LabelKNN(ClassifierMixin, _TargetKNN):  # type: ignore[misc]
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
+
+
+def _nearest_doubles(queries: Array, gallery: Array, k: int) -> tuple[Array, Array]:
+    """Do as `nearest_rows`, in the precision of the rows."""
+    scores = np.empty((len(queries), 0), dtype=queries.dtype)
+    rows = np.empty((len(queries), 0), dtype=np.int64)
+    for start in range(0, len(gallery), GALLERY_BLOCK):
+        block = queries @ gallery[start : start + GALLERY_BLOCK].T
+        best = _largest(block, k)
+        scores = np.concatenate([scores, np.take_along_axis(block, best, axis=1)], axis=1)
+        rows = np.concatenate([rows, best + start], axis=1)
+        best = _largest(scores, k)
+        scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def _largest(values: Array, k: int) -> Array:

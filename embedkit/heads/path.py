@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.heads.devices import require_device
+from embedkit.heads.devices import require_device, threads_for
 from embedkit.heads.labels import encode
 
 if TYPE_CHECKING:  # torch is imported when something is fitted: predicting does without.
@@ -27,11 +27,12 @@ WORST_LOSS = -float(np.log(np.finfo(np.float32).tiny))
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where a path may begin: another path's classes, its weights (c, d), and the rest of its solution."""
+    """Where a path may begin: another path's classes, weights (c, d), directions, and the rest of its solution."""
 
     classes: Array
     weights: Array
     solution: Solution
+    directions: torch.Tensor | None
 
 
 class Path:
@@ -49,6 +50,8 @@ class Path:
         Whether columns are scaled by the kept rows.
     device : str
         Where to compute.
+    start : Start, optional
+        The solution of other rows like these, to begin with where the classes are the same.
 
     Attributes
     ----------
@@ -56,10 +59,19 @@ class Path:
         Of the kept rows.
     solution : Solution
         Of the last C; zero weights at first.
+    work : float
+        Multiplications of one product of rows and weights.
     """
 
     def __init__(
-        self, x: Array, y: Array, kept: npt.NDArray[np.int64], *, standardise: bool, device: str = "cpu"
+        self,
+        x: Array,
+        y: Array,
+        kept: npt.NDArray[np.int64],
+        *,
+        standardise: bool,
+        device: str = "cpu",
+        start: Start | None = None,
     ) -> None:
         require_device(device)
         import torch
@@ -69,27 +81,29 @@ class Path:
 
         self.labels = encode(y[kept])
         self.standardise = standardise
-        self.design: Design = Design.of(x, kept, standardise=standardise, device=device)
+        self.work = float(len(kept)) * x.shape[1] * self.labels.columns
+        directions = None if start is None else start.directions
+        with threads_for(self.work):
+            self.design: Design = Design.of(x, kept, standardise=standardise, device=device, directions=directions)
         self.problem = Problem(self.design, torch.as_tensor(self.labels.targets, device=device), self.labels.columns)
         self.solution: Solution = self.problem.start()
+        if start is not None and np.array_equal(self.labels.classes, start.classes):
+            self.solution = dataclasses.replace(start.solution, weights=self.design.contract(start.weights))
         self._dtype = np.float64 if x.dtype == np.float64 else np.float32
 
     def step(self, C: float, *, max_iter: int, tol: float) -> bool:
         """Move the solution to another C; return whether it converged."""
         from embedkit.heads.descent import solve
 
-        self.solution = solve(self.problem, C, self.solution, max_iter=max_iter, tol=tol)
+        with threads_for(self.work):
+            self.solution = solve(self.problem, C, self.solution, max_iter=max_iter, tol=tol)
         return self.solution.converged
 
     def state(self) -> Start:
         """Return the solution in terms that do not depend on the rows."""
-        solution = self.solution
-        return Start(self.labels.classes, self.design.expand(solution.weights), dataclasses.replace(solution, pairs=()))
-
-    def begin_at(self, start: Start) -> None:
-        """Start from another path's solution, where it has the same classes."""
-        if np.array_equal(self.labels.classes, start.classes):
-            self.solution = dataclasses.replace(start.solution, weights=self.design.contract(start.weights))
+        solution = dataclasses.replace(self.solution, pairs=(), loss=None, slopes=None)
+        design = self.design
+        return Start(self.labels.classes, design.expand(solution.weights), solution, design.directions)
 
     def weights(self) -> tuple[Array, Array]:
         """Return weights (c, d) and intercepts (c,), for standardised rows where these are."""
@@ -121,7 +135,8 @@ class HeldOut:
         import torch
 
         self.path, self.criterion = path, criterion
-        self.rows = path.design.project(x, rows)
+        with threads_for(path.work):
+            self.rows = path.design.project(x, rows)
         codes = path.labels.codes_of(y[rows])
         self.codes = torch.as_tensor(codes, device=self.rows.device)
 
@@ -130,13 +145,18 @@ class HeldOut:
 
     def score(self) -> float:
         """Return the mean log-loss, or the share of right answers; a class that no kept row has is never right."""
+        with threads_for(self.path.work):
+            return self._score()
+
+    def _score(self) -> float:
         import torch
 
         solution = self.path.solution
         total = 0.0
         for start in range(0, len(self.rows), 8192):
             codes = self.codes[start : start + 8192]
-            logits = torch.addmm(solution.bias, self.rows[start : start + 8192], solution.weights)
+            rows = self.rows[start : start + 8192]
+            logits = torch.addmm(solution.bias[:, None], solution.weights.T, rows.T).T
             if codes.ndim == 1 and logits.shape[1] == 1:
                 logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
             right, losses = (_several if codes.ndim == 2 else _single)(logits, codes)

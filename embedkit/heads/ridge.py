@@ -308,11 +308,15 @@ def ridge_sweep(
         return {value: (queries @ weights.T + bias).reshape(shape) for value, (weights, bias) in found.items()}
     coded = encode(targets[kept])
     equations = equations_of(x[kept], coded.signs())
-    predictions = {}
-    for value in regularisations:
-        head = RidgeHead(value)._adopt(equations, coded.classes, coded.several, x.dtype)
-        predictions[value] = head.decision_function(queries) if coded.several else head.predict(queries)
-    return predictions
+    answers: dict[float, list[Array]] = {value: [] for value in regularisations}
+    heads = {
+        value: RidgeHead(value)._adopt(equations, coded.classes, coded.several, x.dtype) for value in regularisations
+    }
+    for start in range(0, len(queries), ROWS):  # Each block once: rows may lie in a file.
+        block = queries[start : start + ROWS]
+        for value, head in heads.items():
+            answers[value].append(head.decision_function(block) if coded.several else head.predict(block))
+    return {value: np.concatenate(blocks) for value, blocks in answers.items()}
 
 
 def _require(regularisation: float) -> None:

@@ -119,7 +119,9 @@ def save_head(
     try:
         with naming(folder):
             fresh.mkdir(parents=True)
-            write_durably(fresh / ARRAYS, save({name: np.ascontiguousarray(values) for name, values in arrays.items()}))
+            write_durably(
+                fresh / ARRAYS, save({name: np.asarray(values, order="C") for name, values in arrays.items()})
+            )
             write_durably(fresh / DESCRIPTION, text.encode())
             if folder.exists():
                 os.replace(fresh / ARRAYS, folder / ARRAYS)

@@ -43,6 +43,7 @@ _Factory = Callable[[io.BytesIO, str], ImageFile.ImageFile]
 # What a reader raises for bytes that are not of its format, or of an odd kind of it; Pillow's own list.
 _NOT_MINE = (SyntaxError, IndexError, TypeError, struct.error)
 _UNSUPPORTED = re.compile("unsupported|unknown|unimplemented|cannot handle|not supported", re.IGNORECASE)
+PAD_ADVICE = "; --truncated pad embeds what is there"
 _TRUNCATED = re.compile("truncated|not enough|expected to read|premature", re.IGNORECASE)
 _DNG_VERSION, _FILE_TYPE, _INNER_IMAGES, _TILE_WIDTH, _TILE_HEIGHT = 50706, 254, 330, 322, 323
 
@@ -97,7 +98,7 @@ def reason_and_kind(error: Exception, data: bytes = b"") -> tuple[str, str]:
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text):
         return f"of a kind that is not read: {text}", "unsupported"
     if _TRUNCATED.search(text) or isinstance(error, EOFError) or is_truncated(data):
-        return f"its end is missing ({text}); --truncated pad embeds what is there", "truncated"
+        return f"its end is missing ({text}){PAD_ADVICE}", "truncated"
     return f"cannot be decoded: {text}", "damaged"
 
 

@@ -311,6 +311,37 @@ class Gallery:
                 yield rows, self._scales[rows], self.store.rows(rows)
 
 
+def nearest_rows(queries: Vectors, gallery: Vectors, k: int) -> tuple[Vectors, Rows]:
+    """Return the k rows of a matrix in memory whose inner product with each query is largest.
+
+    Parameters
+    ----------
+    queries, gallery : arrays of float32 of shapes (q, d) and (n, d)
+        Rows of length 1 have their cosine similarity as inner product.
+    k : int
+        How many; all rows where there are fewer.
+
+    Returns
+    -------
+    products, rows : arrays of shape (q, min(k, n))
+        Best first. FAISS takes the products block by block, and of equal ones any may come first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from embedkit.index.exact import nearest_rows
+    >>> nearest_rows(np.float32([[1, 0]]), np.float32([[0, 1], [1, 0], [2, 0]]), k=2)[1].tolist()
+    [[2, 1]]
+    """
+    queries, gallery = (np.ascontiguousarray(matrix, dtype=np.float32) for matrix in (queries, gallery))
+    k = min(k, len(gallery))
+    if not k or not len(queries):
+        return np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
+    with _threads_for(len(queries) * gallery.size):
+        products, rows = faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return products, rows
+
+
 class _Heaps:
     """The k largest values of every query so far, and the rows that they are of."""
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedkit.index.duplicates.grouping import Rows, same_content, same_embedding
 from embedkit.index.duplicates.groups import announce
-from embedkit.index.duplicates.sketches import Sketch, Tile, plan, scores_of, tiles
+from embedkit.index.duplicates.sketches import Sketch, plan, scores_of, tiles
 from embedkit.index.duplicates.thresholds import Threshold, checked_threshold, choose_threshold
 from embedkit.index.exact import Gallery
 from embedkit.store import Store
@@ -140,11 +140,9 @@ def _near_pairs(left: Gallery, right: Gallery, least: float, most: int, progress
         (firsts, left), (other_firsts, right)))  # fmt: skip
     found: list[tuple[Rows, Rows, npt.NDArray[np.float32]]] = [_NO_PAIRS]
     pending = 0
-    for tile in _tiles(left, rows, right, others, least, progress):
-        scores = scores_of(left, right, tile.left, tile.right)
-        near = scores >= least
-        found.append((tile.left[near], tile.right[near], scores[near]))
-        pending += int(near.sum())
+    for pairs in similar_pairs(left, rows, right, others, least, progress=progress):
+        found.append(pairs)
+        pending += len(pairs[0])
         if pending > FLUSH:
             found, pending = [_cut(found, most)], 0
     one, other, _ = _cut(found, most)
@@ -156,15 +154,46 @@ def _near_pairs(left: Gallery, right: Gallery, least: float, most: int, progress
     return np.column_stack([copies, other[few][places]])
 
 
-def _tiles(
-    left: Gallery, rows: Rows, right: Gallery, others: Rows, least: float, progress: Progress | None
-) -> Iterator[Tile]:
+def similar_pairs(
+    left: Gallery, rows: Rows, right: Gallery, others: Rows, least: float, *, progress: Progress | None = None
+) -> Iterator[tuple[Rows, Rows, npt.NDArray[np.float32]]]:
+    """Yield every pair of a row of one store and a row of another one whose similarity reaches a threshold.
+
+    Parameters
+    ----------
+    left, right : Gallery
+        The stores; of cosine similarities.
+    rows, others : arrays of int
+        Which of their rows, none of them a zero vector.
+    least : float
+        The threshold.
+    progress : callable, optional
+        Called with how many of `rows` were compared, and their number.
+
+    Yields
+    ------
+    tuple of arrays of shape (p,)
+        Rows of the left store, rows of the right store, and similarities: some pairs at a time, in no promised order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from embedkit import Store
+    >>> from embedkit.index import Gallery
+    >>> from embedkit.index.duplicates.leaks import similar_pairs
+    >>> one, other = (Gallery(Store.open(path)) for path in ("test.h5", "train.h5"))  # doctest: +SKIP
+    >>> pairs = similar_pairs(one, np.arange(100), other, np.arange(len(other)), 0.95)  # doctest: +SKIP
+    """
+    if not len(rows) or not len(others):
+        return
     pairs = len(rows) * len(others)
     chosen = plan(left, rows, right, others, least)
     announce(chosen, pairs, len(rows) + len(others))
     done = 0
     for tile in tiles(Sketch(left, rows, chosen.axes), Sketch(right, others, chosen.axes), least):
-        yield tile
+        scores = scores_of(left, right, tile.left, tile.right)
+        near = scores >= least
+        yield tile.left[near], tile.right[near], scores[near]
         done += tile.pairs
         if progress is not None:
             progress(len(rows) * done // pairs, len(rows))

@@ -326,6 +326,10 @@ def test_leaks_are_counted_and_dropped_on_demand(tmp_path):
         ({"folds": 1}, "at least two folds"),
         ({"folds": 3, "shots": 2}, "shots go with classes and without folds"),
         ({"folds": 100}, "cannot be divided into 100 folds"),
+        ({"folds": 3, "protocol": "mteb-image"}, "'mteb-image' fits to a few rows and has no folds"),
+        ({"folds": 3, "drop_leaks": True}, "drop_leaks goes without them"),
+        ({"test_split": "val"}, "name parts of a split file"),
+        ({"train_split": "trian"}, "name parts of a split file"),
         ({"target": "colour"}, "no target 'colour'; known: 'class', 'multi-label', 'regression'"),
         ({"target": "regression"}, "pass a split file with a column target"),
         ({"target": "multi-label", "protocol": "dino-knn"}, "'dino-knn' is for classes"),
@@ -339,6 +343,11 @@ def test_options_that_make_no_sense_are_refused(stores, options, match):
     arguments = stores[:1] if "folds" in options else stores
     with pytest.raises(EvaluationError, match=match):
         probe(*arguments, **options)
+
+
+def test_a_training_part_of_leaks_alone_is_refused(stores):
+    with pytest.raises(EvaluationError, match="every training row shows a picture of the test part"):
+        probe(stores[0], stores[0], drop_leaks=True)
 
 
 def test_folds_and_a_test_store_exclude_each_other(stores):

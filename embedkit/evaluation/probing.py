@@ -137,12 +137,18 @@ def probe(
     """
     recipe = find_protocol(protocol, head)
     options = _Options.checked(recipe, protocol, test, split, shots, seeds, folds, target, seed, device)
+    if drop_leaks and folds:
+        raise EvaluationError("folds have no test part whose pictures could be left out; drop_leaks goes without them")
+    if split is None and (train_split, test_split) != ("train", None):
+        raise EvaluationError("train_split and test_split name parts of a split file; pass it as split, or drop them")
     say = progress or _silent
     trained, tested, left_out = _parts(train, test, split, (train_split, test_split), options)
     log_differences(trained.store.spec, trained.store.recipe)
     leaks = None if folds else _leaks_of(trained, tested, say)
     if leaks is not None and drop_leaks:
         trained = trained.take(np.delete(np.arange(len(trained.rows)), leaks.drop))
+        if not len(trained.rows):
+            raise EvaluationError(f"{trained.store.path}: every training row shows a picture of the test part")
     inputs = _inputs(trained, tested, left_out, split)
     if leaks is not None:
         inputs["leaks"] = {**leaks.summary(), "dropped": len(leaks.drop) if drop_leaks else 0}
@@ -204,7 +210,9 @@ class _Options:
             )
         if folds is not None and folds < 2:
             raise EvaluationError(f"there must be at least two folds; got {folds}")
-        wanted = recipe.shots if shots is None and not folds else _numbers(shots)
+        if folds and recipe.shots:
+            raise EvaluationError(f"the protocol {name!r} fits to a few rows and has no folds; name a test part")
+        wanted = recipe.shots if shots is None else _numbers(shots)
         if wanted and (folds or target != "class"):
             raise EvaluationError(f"shots go with classes and without folds; got {'folds' if folds else target}")
         if seeds is not None and (seeds < 1 or not wanted):

@@ -59,7 +59,7 @@ def assert_nearest(found: tuple[Array, Array], theirs: Array, k: int, metric: st
 @pytest.mark.parametrize("metric", METRICS)
 def test_search_equals_numpy(tmp_path: Path, metric: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "GALLERY_BLOCK", 512)
-    monkeypatch.setattr(exact, "PRODUCTS", 0)
+    monkeypatch.setattr(exact, "PRODUCTS", 512 * 16)
     monkeypatch.setattr(exact, "QUERY_BLOCK", 16)
     monkeypatch.setattr(exact, "READ_NUMBERS", 700)
     random = np.random.default_rng(1)
@@ -88,7 +88,7 @@ def test_a_radius_finds_what_numpy_finds(
     tmp_path: Path, metric: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact, "GALLERY_BLOCK", 300)
-    monkeypatch.setattr(exact, "PRODUCTS", 0)
+    monkeypatch.setattr(exact, "PRODUCTS", 300 * 9)
     random = np.random.default_rng(2)
     store = make_store(tmp_path / "s.h5", 30 * random.standard_normal((1500, 12)) + 10, dtype)
     queries = (30 * random.standard_normal((9, 12))).astype(np.float32)

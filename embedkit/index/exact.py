@@ -17,9 +17,9 @@ from embedkit.store import Store
 METRICS = ("cosine", "ip", "l2")
 GALLERY_BLOCK = 8192  # Rows: 40 MB of a wide float32 store.
 QUERY_BLOCK = 1024
-PRODUCTS = GALLERY_BLOCK * QUERY_BLOCK  # In memory at a time: 32 MB.
+PRODUCTS = 1 << 21  # Together: 8 MB, which stay in the cache until the heaps have seen them.
 READ_NUMBERS = 1 << 24  # Of embeddings that have to be turned into float32 to be scored: 64 MB.
-FEW_OPERATIONS = 1 << 21
+FEW_OPERATIONS = 1 << 21  # To wake a thread after a product takes longer than to look at so many numbers.
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -144,8 +144,11 @@ class Gallery:
         heaps = _Heaps(len(queries), min(k + 8, total))
         done = 0
         for rows, scales, block in self._blocks(chosen, len(queries)):
+            many = self.metric == "cosine" and len(queries) > block.shape[1]
+            compared = self._scaled(block, scales) if many else block
             for first in range(0, len(queries), QUERY_BLOCK):
-                heaps.add(first, self._likeness(queries[first : first + QUERY_BLOCK], block, scales), rows)
+                part = queries[first : first + QUERY_BLOCK]
+                heaps.add(first, self._likeness(part, compared, None if many else scales), rows)
             done += len(rows)
             if progress is not None:
                 progress(done, total)
@@ -272,9 +275,11 @@ class Gallery:
         embeddings = self.store.embeddings
         return embeddings.dtype == np.float32 and embeddings.flags.c_contiguous and embeddings.flags.aligned
 
-    def _likeness(self, queries: Vectors, block: Vectors, scales: Vectors) -> Vectors:
+    def _likeness(self, queries: Vectors, block: Vectors, scales: Vectors | None) -> Vectors:
         """Return what ranks a block's rows as the metric does, larger for what is nearer, of shape (q, b)."""
         products: Vectors = queries @ block.T
+        if scales is None:
+            return products
         if self.whitening is not None:
             products -= (queries @ self.whitening.mean)[:, None]
         if self.metric == "cosine":
@@ -284,6 +289,12 @@ class Gallery:
             products *= 2
             products -= scales
         return products
+
+    def _scaled(self, block: Vectors, scales: Vectors) -> Vectors:
+        """Return a block whose products are cosines: for many queries cheaper than to scale the products."""
+        centred = block if self.whitening is None else block - self.whitening.mean
+        scaled: Vectors = centred * scales[:, None]
+        return scaled
 
     @cached_property
     def _scales(self) -> Vectors:
@@ -301,7 +312,7 @@ class Gallery:
         Where the embeddings are mapped, a block costs no memory, and for few queries neither do its products.
         """
         if chosen is None:
-            step = max(GALLERY_BLOCK, PRODUCTS // max(1, queries)) if self._is_mapped else GALLERY_BLOCK
+            step = max(1, PRODUCTS // max(1, min(queries, QUERY_BLOCK))) if self._is_mapped else GALLERY_BLOCK
             for number, block in enumerate(self.store.iter_blocks(step)):
                 part = slice(number * step, number * step + len(block))
                 yield self._numbers[part], self._scales[part], block

@@ -28,6 +28,7 @@ from embedkit.heads import (
     logistic_regression,
     sweep_logistic,
 )
+from embedkit.heads.choosing import is_predictor
 from embedkit.heads.neighbours import KnownNeighbours
 from embedkit.heads.plain import plain_logistic
 
@@ -426,7 +427,7 @@ def find_protocol(name: str, head: Any = None) -> Protocol:
     Raises
     ------
     EvaluationError
-        When there is no such protocol, or a published one is to have another head.
+        When there is no such protocol, a published one is to have another head, or the head is none.
     """
     if name not in PROTOCOLS:
         raise EvaluationError(f"there is no protocol {name!r}; known: {', '.join(map(repr, sorted(PROTOCOLS)))}")
@@ -435,4 +436,9 @@ def find_protocol(name: str, head: Any = None) -> Protocol:
         return protocol
     if not isinstance(protocol, Default):
         raise EvaluationError(f"the protocol {name!r} has a head of its own; another one goes with 'default'")
+    if not isinstance(head, str) and not is_predictor(head):
+        what = f"the class {head.__name__}" if isinstance(head, type) else f"an object of type {type(head).__name__}"
+        raise EvaluationError(
+            f"a head is one of {', '.join(HEADS)}, or an object of a scikit-learn classifier or regressor; got {what}"
+        )
     return dataclasses.replace(protocol, head=head)

@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.columns import align_columns, short_name
-from embedkit.evaluation.folding import assign_folds
+from embedkit.evaluation.folding import assign_folds, hold_out
 from embedkit.evaluation.splits import Part
 from embedkit.heads import fit_logistic, logistic_regression
 from embedkit.text import counted, printable
 
 OTHERS = 5  # Classes of each row that may be its true one: the likeliest beside the given one.
+HELD_OUT = 0.2
 _BLOCK = 4096
 
 Codes = npt.NDArray[np.int64]
@@ -178,7 +179,8 @@ def find_suspects(
         )
     x, groups = part.embeddings(), part.groups()
     if C is None:
-        C = float(fit_logistic(x, part.names, seed=seed, progress=progress)[1]["C"])
+        held = hold_out(len(x), HELD_OUT, seed, strata=codes, groups=groups)
+        C = float(fit_logistic(x, part.names, held_out=held, progress=progress)[1]["C"])
     fold_of = assign_folds(len(x), folds, seed, strata=codes, groups=groups)
     own, others, likely = _out_of_fold(x, codes, fold_of, folds, C, progress)
     # A class's threshold is how sure the classifier is of it where the label agrees that it is that class.

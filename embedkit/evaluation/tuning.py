@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embedkit.errors import EvaluationError
 from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.metrics import average_precisions
 from embedkit.evaluation.scoring import class_scores
@@ -88,7 +89,12 @@ def _fitted(name: str, chosen: dict[str, float], rows: Training, settings: dict[
     if isinstance(rows.x, StoredRows):
         return fit_streamed(name, rows.x, rows.y, chosen), True
     head = _made(name, chosen, **settings)
-    return head, fit_quietly(head, rows.x, rows.y)
+    try:
+        return head, fit_quietly(head, rows.x, rows.y)
+    except EvaluationError:
+        raise
+    except ValueError as error:
+        raise EvaluationError(f"the head {name!r} cannot be fitted to {len(rows.x):,} rows: {error}") from error
 
 
 def _losses(

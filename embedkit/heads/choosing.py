@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sklearn.base import is_classifier, is_regressor
+
 from embedkit.errors import EvaluationError
 from embedkit.heads.linear import discriminant_analysis, linear_svm
 from embedkit.heads.logistic import logistic_regression
@@ -70,3 +72,10 @@ def make_head(name: str, *, task: str = "class", **parameters: Any) -> Any:
         return _MAKERS[name][task](**parameters)
     except TypeError as error:
         raise EvaluationError(f"the head {name!r} has other parameters: {error}") from error
+
+
+def is_predictor(estimator: object) -> bool:
+    """Return whether an object is a classifier or regressor with scikit-learn's methods, and not its class."""
+    if isinstance(estimator, type) or not all(hasattr(estimator, name) for name in ("fit", "predict", "get_params")):
+        return False
+    return bool(is_classifier(estimator) or is_regressor(estimator))

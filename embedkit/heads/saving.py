@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,6 +155,8 @@ def load_head(path: str | os.PathLike[str]) -> SavedHead:
     folder = Path(path)
     description, tensors = folder / DESCRIPTION, folder / ARRAYS
     try:
+        if not all(stat.S_ISREG(path.stat().st_mode) for path in (description, tensors)):
+            raise EvaluationError(f"{folder} is no head: {DESCRIPTION} and {ARRAYS} must be files")
         if description.stat().st_size > MAX_JSON_BYTES:
             raise EvaluationError(f"{description} is larger than {MAX_JSON_BYTES >> 20} MiB: it is no head's")
         values = json.loads(description.read_bytes())
@@ -228,7 +231,7 @@ def _rebuild(values: Any, arrays: dict[str, Array], where: str) -> SavedHead:
     except EmbedkitError as error:
         message = str(error)
         raise EvaluationError(message if message.startswith(where) else f"{where}: {message}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise EvaluationError(f"{where} lacks a part, or one is of another type: {error}") from error
     return SavedHead(estimator, classes, spec, task, information)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,13 @@ def test_k_of_many_candidates_is_searched_within_bounds(small: Store) -> None:
         assert found.rows.shape == (3, min(k, 3000)) and (found.rows >= 0).all()
         assert len(np.unique(found.rows[0])) == min(k, 3000)
     assert (index.search(queries, k=3000).rows == exact.search(queries, k=3000).rows).all()
+
+
+def test_filters_work_beside_what_other_libraries_do_to_faiss(small: Store) -> None:
+    code = (
+        "import sys; import faiss.contrib.torch_utils; from embedkit import Index, Store;"
+        "index = Index.build(Store.open(sys.argv[1]), 'IVF16,Flat', recall=0.9);"
+        "print(index.search([500], k=1, where=range(300, 3000)).rows.tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, small.path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[500]]"

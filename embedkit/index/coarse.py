@@ -88,7 +88,7 @@ class Coarse:
             bits = np.packbits(alive, bitorder="little")  # FAISS reads it as long as it searches.
             selector = faiss.IDSelectorBitmap(bits)
         parameters = _parameters(self.index, effort, selector)
-        _, entries = self.index.search(placed, min(k, max(1, len(self))), params=parameters)
+        _, entries = _search(self.index, placed, min(k, max(1, len(self))), parameters)
         if not len(self):
             return np.full(entries.shape, -1)
         known = (entries >= 0) & (entries < len(self))  # A file may say anything.
@@ -106,7 +106,7 @@ class Coarse:
         anything = faiss.IDSelectorBitmap(np.full((len(self) + 7) // 8, 255, dtype=np.uint8))
         query = np.zeros((1, self.index.d), dtype=np.float32)
         try:
-            self.index.search(query, 1, params=_parameters(self.index, None, anything))
+            _search(self.index, query, 1, _parameters(self.index, None, anything))
         except RuntimeError:
             return False
         # Packed flat codes are searched without a word, and without the filter.
@@ -230,6 +230,13 @@ def _size(index: Any, n: int) -> int:
     if isinstance(found, faiss.IndexIVF):
         return n * (int(found.code_size) + 8) + 4 * int(found.nlist) * int(found.d)
     return n * int(getattr(found, "code_size", 4 * found.d))
+
+
+def _search(index: Any, placed: Vectors, k: int, parameters: Any) -> tuple[Vectors, Rows]:
+    # faiss.contrib.torch_utils, which other libraries import, puts a search without parameters in its place.
+    search = getattr(index, "search_numpy", index.search)
+    scores, entries = search(placed, k, params=parameters)
+    return scores, entries
 
 
 def _innermost(index: Any) -> Any:

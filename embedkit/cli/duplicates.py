@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,12 +120,14 @@ def _print_paths(found: Duplicates | Leaks, quiet: bool) -> None:
 
 def _print_groups(found: Duplicates, *, as_json: bool, as_csv: bool, quiet: bool) -> None:
     if as_csv:
-        with _csv_writer() as writer:
-            writer.writerow(["id", "group", "keep", "similarity", "exact", "path", "bytes"])
-            for number, group in enumerate(found):
-                for place, member in enumerate(group):
-                    keep = "true" if place == 0 else "false"
-                    writer.writerow([member.id, number, keep, *_csv_facts(member), member.bytes])
+        printing.print_csv(
+            ["id", "group", "keep", "similarity", "exact", "path", "bytes"],
+            (
+                [member.id, number, "true" if place == 0 else "false", *_csv_facts(member), member.bytes]
+                for number, group in enumerate(found)
+                for place, member in enumerate(group)
+            ),
+        )
         return
     for number, group in enumerate(found):
         if as_json:
@@ -162,11 +159,20 @@ def _print_leaks(found: Leaks, *, as_json: bool, as_csv: bool, quiet: bool) -> N
     lefts = Group(found.left, found.left_rows, found.scores, found.exact)
     rights = Group(found.right, found.right_rows, found.scores, found.exact)
     if as_csv:
-        with _csv_writer() as writer:
-            writer.writerow(["id", "other", "similarity", "exact", "path", "bytes"])
-            for left, right in zip(lefts, rights, strict=True):
-                facts = [f"{right.similarity:.6f}", "true" if right.exact else "false"]
-                writer.writerow([left.id, right.id, *facts, left.path or "", left.bytes])
+        printing.print_csv(
+            ["id", "other", "similarity", "exact", "path", "bytes"],
+            (
+                [
+                    left.id,
+                    right.id,
+                    f"{right.similarity:.6f}",
+                    "true" if right.exact else "false",
+                    left.path or "",
+                    left.bytes,
+                ]
+                for left, right in zip(lefts, rights, strict=True)
+            ),
+        )
     else:
         before = -1
         for left, right in zip(lefts, rights, strict=True):
@@ -199,15 +205,3 @@ def _values(member: Member) -> dict[str, Any]:
 
 def _csv_facts(member: Member) -> list[object]:
     return [f"{member.similarity:.6f}", "true" if member.exact else "false", member.path or ""]
-
-
-@contextmanager
-def _csv_writer() -> Iterator[Any]:
-    """Write CSV as bytes: an id is printed as it is, whatever it holds."""
-    text = io.TextIOWrapper(
-        sys.stdout.buffer, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
-    )
-    try:
-        yield csv.writer(text)
-    finally:
-        text.detach()

@@ -12,7 +12,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -182,7 +182,7 @@ def failure_table(store: Store, *, as_json: bool, as_csv: bool) -> None:
     """Print every failure of a store: a table, JSON lines, or CSV."""
     failed = store.failures
     if as_csv:
-        _failure_csv(failed)
+        print_csv(["id", "kind", "error"], ((failure.id, failure.kind, failure.error) for failure in failed))
     elif as_json:
         for failure in failed:
             click.echo(json.dumps({"id": failure.id, "kind": failure.kind, "error": failure.error}))
@@ -194,15 +194,15 @@ def failure_table(store: Store, *, as_json: bool, as_csv: bool) -> None:
             click.echo(f"{failure.kind:<{width}}  {id:<{id_width}}  {error}")
 
 
-def _failure_csv(failed: Sequence[Failure]) -> None:
-    # As bytes: an id is printed as it is, whatever it holds.
+def print_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print CSV as bytes: an id is printed as it is, whatever it holds."""
     text = io.TextIOWrapper(
         sys.stdout.buffer, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
     )
     try:
         writer = csv.writer(text)
-        writer.writerow(["id", "kind", "error"])
-        writer.writerows((failure.id, failure.kind, failure.error) for failure in failed)
+        writer.writerow(header)
+        writer.writerows(rows)
     finally:
         text.detach()
 

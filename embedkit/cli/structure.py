@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +159,7 @@ def outliers(
             click.echo(json.dumps(vars(one) | {"path": None if one.path is None else os.fspath(one.path)}))
     elif as_csv:
         names = ["rank", "id", "label", "distance", "z_score", "nearest"]
-        _csv(names, ([vars(one)[name] for name in names] for one in rows))
+        printing.print_csv(names, ([vars(one)[name] for name in names] for one in rows))
     else:
         _outlier_table(list(rows))
         beyond = int((found.z_scores > 3.5).sum())
@@ -200,7 +197,7 @@ def cluster_store(
         found = cluster(opened, k, seed=seed, progress=bar.update)
     if as_csv:
         columns = (found.assignments.tolist(), found.similarities.astype("U32").tolist())
-        _csv(["id", "cluster", "similarity"], zip(opened.ids, *columns, strict=True))
+        printing.print_csv(["id", "cluster", "similarity"], zip(opened.ids, *columns, strict=True))
     elif as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
@@ -255,16 +252,3 @@ def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    # As bytes: an id is printed as it is, whatever it holds.
-    text = io.TextIOWrapper(
-        sys.stdout.buffer, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
-    )
-    try:
-        writer = csv.writer(text)
-        writer.writerow(header)
-        writer.writerows(rows)
-    finally:
-        text.detach()

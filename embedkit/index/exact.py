@@ -100,7 +100,7 @@ class Gallery:
     def count_bytes(self, q: int, k: int) -> int:
         """Return about how much memory a search takes for the k best rows of q queries, however large the store is."""
         wide = 4 * self.store.dim
-        products = 4 * min(q, QUERY_BLOCK) * GALLERY_BLOCK
+        products = 4 * (PRODUCTS if self._is_mapped else min(q, QUERY_BLOCK) * GALLERY_BLOCK)
         return 2 * q * wide + 36 * q * (k + 8) + products + GALLERY_BLOCK * wide + 16 * len(self)
 
     def search(

@@ -257,8 +257,10 @@ def _grouped(store: Store, gallery: Gallery, forest: Forest, contents: Rows, thr
     counts = np.bincount(roots, minlength=len(store))
     rows = np.flatnonzero(counts[roots] > 1)
     images, groups = store.images, roots[rows]
+    # What a store keeps as the time of a box has the box mixed in, and orders nothing.
+    times = np.where(np.char.find(images.ids[rows], b"#xywh=") >= 0, 0, images.mtimes_ns[rows])
     # Larger groups first; in a group the larger, older file. The complement of a size falls as the size rises.
-    order = np.lexsort((rows, images.mtimes_ns[rows], ~images.sizes[rows], groups, -counts[groups]))
+    order = np.lexsort((rows, times, ~images.sizes[rows], groups, -counts[groups]))
     rows, groups = rows[order], groups[order]
     begins = np.flatnonzero(np.diff(groups, prepend=-1))
     starts = np.append(begins, len(rows))

@@ -32,9 +32,13 @@ MAY_IMPORT = {
     "diagnosis": {
         "errors", "spec", "images", "sources", "backbones", "store", "extraction", "index", "heads", "machine",
     },
+    "finetuning": {
+        "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
+        "evaluation", "machine",
+    },
     "cli": {
         "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads",
-        "evaluation", "diagnosis",
+        "evaluation", "finetuning", "diagnosis",
     },
 }  # fmt: skip
 ONLY_USER = {
@@ -43,8 +47,8 @@ ONLY_USER = {
     "pillow_heif": "images",
     "pillow_jxl": "images",
     "openvino": "backbones",
-    "timm": "backbones",
-    "torchvision": "backbones",
+    "timm": "backbones and finetuning",
+    "torchvision": "backbones and finetuning",
     "h5py": "store",
     "faiss": "index",
     "sklearn": "heads",
@@ -55,6 +59,8 @@ ONLY_USER = {
     "av": "sources",
     "datasets": "sources",
     "fsspec": "sources",
+    "peft": "finetuning",
+    "pytorch_metric_learning": "finetuning",
     "threadpoolctl": "diagnosis",
     "click": "cli",
     "tqdm": "cli",

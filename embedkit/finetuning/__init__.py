@@ -1,0 +1,1 @@
+"""Adapting a backbone: stages, augmentation, the training loop, distillation."""

@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedkit.errors import EvaluationError
+from embedkit.evaluation.splits import Split
+from embedkit.finetuning.examples import divide, leaks_across
+from embedkit.sources import ImageFile, Listing, list_images
+from embedkit.spec import EmbeddingSpec
+from embedkit.store import Store, StoreWriter
+
+PETS = ("cat", "dog", "eel")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten files a class, no two of them equal but two of the cats."""
+    for name in PETS:
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(10):
+            content = f"{name} {3 if (name, number) == ('cat', 7) else number}"
+            (tmp_path / "pets" / name / f"{number}.jpg").write_text(content)
+    return tmp_path / "pets"
+
+
+def split_file(path: Path, *lines: str, header: str = "path,split") -> Path:
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def test_a_fifth_of_each_class_is_held_out_and_copies_stay_together(folder: Path) -> None:
+    sides = set()
+    for seed in range(12):
+        division = divide(list_images(folder), seed=seed)
+        assert division.made and division.test is division.val and division.classes == list(PETS)
+        assert np.bincount(division.train.codes).min() >= 7 and np.bincount(division.val.codes).min() >= 2
+        assert not set(division.train.ids) & set(division.val.ids)
+        assert len(division.train) + len(division.val) == 30
+        copies = {"cat/3.jpg", "cat/7.jpg"}
+        assert copies <= set(division.train.ids) or copies <= set(division.val.ids)
+        sides.add(copies <= set(division.val.ids))
+        assert all(
+            entry.id.startswith(PETS[code])
+            for entry, code in zip(division.val.entries, division.val.codes, strict=True)
+        )
+    assert sides == {True, False}
+
+
+def test_equal_seeds_draw_equal_lots(folder: Path) -> None:
+    one, same, other = (divide(list_images(folder), seed=seed) for seed in (1, 1, 2))
+    assert one.sha256 == same.sha256 != other.sha256
+
+
+def test_the_split_is_recorded_as_the_probe_reads_it(folder: Path, tmp_path: Path) -> None:
+    division = divide(list_images(folder))
+    division.write(tmp_path / "split.csv")
+    read = Split.read(tmp_path / "split.csv")
+    assert read == division.split(tmp_path / "split.csv")
+    assert read.labels is not None and read.labels["eel/0.jpg"] == "eel"
+    again = divide(list_images(folder), tmp_path / "split.csv")
+    assert again.sha256 == division.sha256 and not again.made
+
+
+def test_a_split_file_decides_parts_and_classes(folder: Path, tmp_path: Path) -> None:
+    rows = [f"{name}/{n}.jpg,{('train', 'valid', 'test')[n % 3]},{name[0]}" for name in PETS for n in range(6)]
+    split = split_file(tmp_path / "s.csv", *rows, header="path,split,label")
+    division = divide(list_images(folder), split)
+    assert division.classes == ["c", "d", "e"] and division.left_out == 12
+    assert [part.name for part in division.parts] == ["train", "valid", "test"]
+    assert division.train.ids == sorted(f"{name}/{n}.jpg" for name in PETS for n in (0, 3))
+    assert division.test.codes.tolist() == [0, 0, 1, 1, 2, 2]
+    two = divide(list_images(folder), split, val_split="test")
+    assert two.test is two.val and two.val.name == "test"
+    assert "6 images in valid" in division.to_text() and "12 left out" in division.to_text()
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        (["cat/1.jpg,train", "dog/1.jpg,train", "cat/99.jpg,val"], {}, "'cat/99.jpg'"),
+        (["cat/1.jpg,train", "dog/1.jpg,train"], {}, "no split named val, valid, validation, test"),
+        (["cat/1.jpg,train", "dog/1.jpg,val"], {}, "all training images are of the class 'cat'"),
+        (["cat/1.jpg,train", "dog/1.jpg,train", "eel/1.jpg,val"], {}, r"no training image has: 'eel' \(1\)"),
+        (["cat/1.jpg,a", "dog/1.jpg,a"], {}, "has no rows of the split 'train'"),
+        (["cat/1.jpg,train", "dog/1.jpg,train", "cat/2.jpg,val"], {"val_split": "train"}, "is trained on"),
+        (["cat/1.jpg,train", "dog/1.jpg,train", "cat/2.jpg,val"], {"test_split": "x"}, "--test-split"),
+    ],
+)
+def test_splits_that_cannot_be_used_say_why(
+    folder: Path, tmp_path: Path, lines: list[str], options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        divide(list_images(folder), split_file(tmp_path / "s.csv", *lines), **options)
+
+
+def test_images_without_classes_say_what_to_do(tmp_path: Path) -> None:
+    files = [ImageFile(f"{n}.jpg", "") for n in range(4)]
+    with pytest.raises(EvaluationError, match="a folder for each class"):
+        divide(Listing("plain", files, [], [], 0))
+    labelled = [ImageFile("a.jpg", "", "cat"), ImageFile("b.jpg", "", "dog")]
+    with pytest.raises(EvaluationError, match="no class has two different images"):
+        divide(Listing("few", labelled, ["cat", "dog"], [], 0))
+    with pytest.raises(EvaluationError, match="go with a split file"):
+        divide(Listing("few", labelled, ["cat", "dog"], [], 0), val_split="val")
+
+
+def test_unlabelled_rows_are_left_out_and_counted() -> None:
+    files = [ImageFile(f"{n}.jpg", "", ("cat", "dog", None)[n % 3]) for n in range(30)]
+    division = divide(Listing("some", files, ["cat", "dog"], [], 0))
+    assert division.left_out == 10 and len(division.train) + len(division.val) == 20
+
+
+def test_images_that_cannot_be_read_leave_every_part(folder: Path) -> None:
+    division = divide(list_images(folder))
+    gone = {division.train.ids[0], division.val.ids[-1]}
+    rest = division.without(gone)
+    assert len(rest.train) == len(division.train) - 1 and len(rest.val) == len(division.val) - 1
+    assert rest.test is rest.val and gone.isdisjoint(rest.train.ids + rest.val.ids)
+    assert division.without(["somebody/else.jpg"]) is division
+    with pytest.raises(EvaluationError, match="no training image of the class 'cat'"):
+        division.without(id for id in division.train.ids if id.startswith("cat"))
+    with pytest.raises(EvaluationError, match="no image of the part 'val'"):
+        division.without(division.val.ids)
+
+
+def test_pictures_on_both_sides_are_reported(folder: Path, tmp_path: Path) -> None:
+    division = divide(list_images(folder), seed=0)
+    x = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)
+    spec = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=16)
+    ids = [entry.id for entry in division.listing.files]
+    train, val = division.train.ids[4], division.val.ids[2]
+    x[ids.index(val)] = 1.001 * x[ids.index(train)]
+    with StoreWriter(tmp_path / "pets.h5", spec) as writer:
+        writer.append(x, ids, labels=[id.partition("/")[0] for id in ids])
+        writer.finalise()
+    leaks = leaks_across(division, Store.open(tmp_path / "pets.h5"), "split.csv")
+    assert list(leaks) == ["val"] and leaks["val"].near == 1 and leaks["val"].exact == 0
+    assert (leaks["val"].pairs[0].train_id, leaks["val"].pairs[0].test_id) == (train, val)

@@ -12,6 +12,7 @@ Every one of them is an :class:`EmbedkitError`, and each leaf also inherits the 
     ├─ ImageError(ValueError)                  an image that cannot be read
     ├─ EmbeddingShapeError(ValueError)         vectors of another width
     ├─ EvaluationError(ValueError)             labels or a split from which no honest number can be made
+    ├─ FinetuneError(ValueError)               a recipe, a run folder or a training run that cannot go on
     └─ MissingExtraError(ImportError)          an optional package that is not installed
 
 A message says what was found, what was expected and what to do next. The command line turns an EmbedkitError into one
@@ -157,6 +158,10 @@ class EmbeddingShapeError(EmbedkitError, ValueError):
 
 class EvaluationError(EmbedkitError, ValueError):
     """Labels or a split from which no honest number can be made."""
+
+
+class FinetuneError(EmbedkitError, ValueError):
+    """A recipe makes no sense, a folder holds another run, or training cannot go on."""
 
 
 class MissingExtraError(EmbedkitError, ImportError):

@@ -285,6 +285,7 @@ def info_text(store: Store) -> str:
         f"  root       {printable(str(information.get('root', 'unknown')))}",
         f"  digest     {printable(summary['digest'])}",
         f"  content    {printable(summary['content_id'])}",
+        *_parent_lines(information.get("parent")),
         *_class_lines(summary["classes"]),
         *(["  layers"] if summary["layers"] else []),
         *(f"    {dim:>9,}  {printable(name)}" for name, dim in summary["layers"].items()),
@@ -298,6 +299,14 @@ def info_text(store: Store) -> str:
         "    embeddings = file['embeddings'][:]  # row i is ids[i]",
     ]
     return "\n".join(lines)
+
+
+def _parent_lines(parent: Any) -> list[str]:
+    """Return which store another one descends from, as it says itself."""
+    if not isinstance(parent, dict):
+        return []
+    path, content = (printable(str(parent.get(name, "unknown"))) for name in ("path", "content_id"))
+    return [f"  parent     {path}", f"             content {content}"]
 
 
 def _class_lines(classes: dict[str, int]) -> list[str]:

@@ -51,6 +51,7 @@ svg text { fill: currentColor; font: 11px system-ui, sans-serif; } svg .axis { f
 svg .tick { opacity: .75; } .grid { stroke: var(--line); stroke-width: .6; fill: none; }
 .frame { fill: var(--soft); } .diagonal { stroke: currentColor; stroke-dasharray: 3 3; opacity: .6; }
 .whisker { stroke: currentColor; stroke-width: 1.5; opacity: .6; } circle { fill: currentColor; }
+.curve { stroke: currentColor; stroke-width: 1.6; fill: none; }
 .reliability rect:not(.frame) { fill: currentColor; } .reliability .count { opacity: .5; }
 summary { cursor: pointer; padding: .5rem 0; font-weight: 600; } details { border-bottom: 1px solid var(--line); }
 .confusion td { background: rgb(var(--bad) / calc(var(--share) * .9)); padding: .3rem .6rem; min-width: 2rem; }
@@ -160,14 +161,15 @@ def bench_page(
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{text(suite.name)}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
-        f"<style>{_style()}</style>\n"
+        f"<style>{page_style()}</style>\n"
         f"<header><h1>{text(suite.name)}</h1><p class=soft>{facts}; {text(circumstances.finished)}</p></header>\n"
         + "\n".join([*body, _failures(standings), _circumstances(standings, circumstances)])
         + "\n</html>\n"
     )
 
 
-def _style() -> str:
+def page_style() -> str:
+    """Return the style sheet of our pages: light and dark, tables, charts, pictures."""
     light, dark = (
         " ".join(f"--c{number}: {colour};" for number, colour in enumerate(colours)) for colours in (_PALETTE, _DARK)
     )

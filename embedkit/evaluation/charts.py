@@ -1,4 +1,4 @@
-"""Charts: accuracy against a cost, and reliability, as inline SVG that follows the page's colours."""
+"""Charts: accuracy against a cost, reliability, and curves, as inline SVG that follows the page's colours."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ class Point:
     title: str
 
 
+@dataclass(frozen=True)
+class Line:
+    """One curve of a line chart.
+
+    Parameters
+    ----------
+    name : str
+        Shown when the mouse rests on it.
+    points : sequence of tuple of float
+        (x, y) by rising x, at least one.
+    colour : int
+        Which of the page's colours.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+
+
 def scatter_chart(points: Sequence[Point], x_label: str, y_label: str, y_limits: tuple[float, float]) -> str:
     """Return a scatter chart with intervals, its horizontal axis logarithmic.
 
@@ -75,11 +94,7 @@ def scatter_chart(points: Sequence[Point], x_label: str, y_label: str, y_limits:
 
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(f"{y_label} against {x_label}")}">',
-        *_across(left, right, place, low, high), *_down(low, high, place, left, right),
-        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
-        f"{_text(x_label)}</text>",
-        f'<text class="axis" transform="translate(13 {(_TOP + _HEIGHT - _BOTTOM) / 2:.0f}) rotate(-90)" '
-        f'text-anchor="middle">{_text(y_label)}</text>',
+        *_across(left, right, place, low, high), *_down(low, high, place, left, right), *_titles(x_label, y_label),
     ]  # fmt: skip
     centres = [place(x, point.y) for x, point in zip(xs, points, strict=True)]
     for point, x, (across, down) in zip(points, xs, centres, strict=True):
@@ -144,6 +159,96 @@ def reliability_chart(confidence: npt.NDArray[np.floating], correct: npt.NDArray
         "share that was right</text></svg>"
     )
     return "".join(parts)
+
+
+def line_chart(
+    lines: Sequence[Line], x_label: str, y_label: str, *, logarithmic: bool = False, mark: float | None = None
+) -> str:
+    """Return a chart of curves over a linear axis.
+
+    Parameters
+    ----------
+    lines : sequence of Line
+        At least one.
+    x_label, y_label : str
+        What the axes say.
+    logarithmic : bool, default False
+        Whether the vertical axis is logarithmic; points that are not positive are left out then.
+    mark : float, optional
+        An x that a vertical line marks.
+
+    Returns
+    -------
+    str
+        An SVG element, every text in it escaped.
+
+    Examples
+    --------
+    >>> from embedkit.evaluation.charts import Line, line_chart
+    >>> line_chart([Line("loss", [(1, 0.9), (2, 0.4)], 0)], "epoch", "loss").count("<circle")
+    2
+    """
+    curves = [[(x, y) for x, y in line.points if y > 0 or not logarithmic] for line in lines]
+    xs, ys = ([point[axis] for curve in curves for point in curve] or [1.0] for axis in (0, 1))
+    left, right = _padded(min(xs), max(xs), 0.04, (-math.inf, math.inf))
+    low, high = _padded(*(math.log10(y) if logarithmic else y for y in (min(ys), max(ys))), 0.06, (-math.inf, math.inf))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
+        return across, _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(f"{y_label} by {x_label}")}">',
+        *_along(left, right, place, low, high),
+        *(_powers if logarithmic else _down)(low, high, place, left, right), *_titles(x_label, y_label),
+    ]  # fmt: skip
+    if mark is not None:
+        (x, top), (_, foot) = place(mark, high), place(mark, low)
+        parts.append(f'<path class="diagonal" d="M{x:.1f} {top:.1f}V{foot:.1f}"/>')
+    for line, curve in zip(lines, curves, strict=True):
+        at = [place(x, math.log10(y) if logarithmic else y) for x, y in curve]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+        parts.append(f'<g class="c{line.colour % COLOURS}"><title>{_text(line.name)}</title>')
+        parts.append(f'<path class="curve" d="M{path}"/>' if at else "")
+        for (x, y), (epoch, value) in zip(at, curve, strict=True):
+            title = f"{line.name}, {epoch:g}: {value:.4g}"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{_text(title)}</title></circle>')
+        parts.append("</g>")
+    return "".join([*parts, "</svg>"])
+
+
+def _titles(x_label: str, y_label: str) -> list[str]:
+    return [
+        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
+        f"{_text(x_label)}</text>",
+        f'<text class="axis" transform="translate(13 {(_TOP + _HEIGHT - _BOTTOM) / 2:.0f}) rotate(-90)" '
+        f'text-anchor="middle">{_text(y_label)}</text>',
+    ]
+
+
+def _along(left: float, right: float, place: _Place, low: float, high: float) -> list[str]:
+    """Return the grid of a linear horizontal axis, at whole numbers."""
+    first, last = math.ceil(left), math.floor(right)
+    step = max(1, math.ceil((last - first + 1) / 12))
+    parts = []
+    for value in range(first, last + 1, step):
+        (x, top), (_, foot) = place(value, high), place(value, low)
+        parts.append(f'<path class="grid" d="M{x:.1f} {top:.1f}V{foot:.1f}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 16:.1f}" text-anchor="middle">{value:,}</text>')
+    return parts
+
+
+def _powers(low: float, high: float, place: _Place, left: float, right: float) -> list[str]:
+    """Return the grid of a logarithmic vertical axis."""
+    steps = range(math.floor(low), math.ceil(high) + 1)
+    digits = (1,) if high - low > 3 else (1, 3) if high - low > 1 else (1, 2, 3, 5, 7)
+    parts = []
+    for value in (digit * 10.0**power for power in steps for digit in digits):
+        if low <= math.log10(value) <= high:
+            (x, y), (end, _) = place(left, math.log10(value)), place(right, low)
+            parts.append(f'<path class="grid" d="M{x:.1f} {y:.1f}H{end:.1f}"/>')
+            parts.append(f'<text class="tick" x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.0e}</text>')
+    return parts
 
 
 def _padded(low: float, high: float, share: float, limits: tuple[float, float]) -> tuple[float, float]:

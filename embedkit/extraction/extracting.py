@@ -54,6 +54,7 @@ def extract(
     max_failures: int | float | None = None,
     progress: Callable[[Progress], None] | None = None,
     report: str | os.PathLike[str] | None = None,
+    parent: Store | None = None,
 ) -> Store:
     """Embed every image below a folder into a store, or bring a store up to date with the folder.
 
@@ -112,6 +113,8 @@ def extract(
         Called with a `Progress` after every batch. What it raises ends the run; what was computed is kept.
     report : path-like, optional
         Where to write, as JSON, what was chosen and where the time went.
+    parent : Store, optional
+        The store of the backbone that this one was adapted from. The new store says which one that is.
 
     Returns
     -------
@@ -149,7 +152,7 @@ def extract(
     log_differences(backbone.spec, backbone.recipe)
     names = tuple(checked_layers(backbone, layers))
     specs = {layer: backbone.layer_spec(layer) for layer in names}
-    information = _information(listing, backbone)
+    information = _information(listing, backbone) | _lineage(parent)
     run = Run(output, backbone.spec, layers=specs, information=information, overwrite=overwrite, repair=repair)
     settling = _Settling(run, listing, backbone, names, engine, batch_size, workers, threads, devices)
     if report is not None:
@@ -363,6 +366,13 @@ def _information(listing: Listing, backbone: Backbone) -> dict[str, Any]:
         "host": platform.node(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _lineage(parent: Store | None) -> dict[str, Any]:
+    """Return which store this one descends from."""
+    if parent is None:
+        return {}
+    return {"parent": {"path": os.fspath(parent.path), "content_id": parent.content_id, "digest": parent.digest}}
 
 
 def _places(listing: Listing) -> dict[str, Any]:

@@ -106,9 +106,10 @@ class MetricLoss(nn.Module):
             self.loss = losses.SupConLoss(temperature=_TEMPERATURE)
         elif name == "arcface":
             self.loss = losses.ArcFaceLoss(classes, dim, margin=_ARC_DEGREES, scale=_SCALE)
+            (prototypes,) = self.loss.parameters()
             random = torch.Generator().manual_seed(seed)
             with torch.no_grad():
-                self.loss.W.copy_(torch.randn(dim, classes, generator=random) * dim**-0.5)
+                prototypes.copy_(torch.randn(dim, classes, generator=random) * dim**-0.5)
         else:
             self.loss = losses.TripletMarginLoss(margin=_MARGIN)
             self._miner = miners.TripletMarginMiner(margin=_MARGIN, type_of_triplets="semihard")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+from embedkit.errors import FinetuneError
+
+_AA = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")  # How timm's texts begin.
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,20 @@ class Augmentation:
     mix_prob : float, default 1.0
         Chance that a batch is mixed, where it can be.
     mixup_off_epoch : int, default 0
-        The epoch from which nothing is mixed any more; 0 mixes to the end.
+        The epoch from which nothing is mixed any more, of epochs counted from 1; 0 mixes to the end.
+
+    Raises
+    ------
+    FinetuneError
+        When a chance lies outside of [0, 1], or an amount has no meaning.
+
+    Examples
+    --------
+    >>> from embedkit.finetuning.augmentation import PRESETS, Augmentation
+    >>> Augmentation(hflip=0.5).moves, Augmentation(rotation=10.0).moves
+    (False, True)
+    >>> PRESETS["light"]
+    Augmentation(crop_scale=(0.5, 1.0), hflip=0.5)
 
     References
     ----------
@@ -72,3 +92,60 @@ class Augmentation:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     mixup_off_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # Of NaN too.
+                limit = f"between {low:g} and {high:g}" if high < math.inf else f"{low:g} or more"
+                raise FinetuneError(f"the augmentation's {name} must be {limit}, not {value!r}")
+        smallest, largest = self.crop_scale
+        if not 0 < smallest <= largest <= 1:
+            raise FinetuneError(f"crop_scale is two shares, the smaller one first, not {self.crop_scale!r}")
+        narrow, wide = self.crop_ratio
+        if not 0 < narrow <= wide < math.inf:
+            raise FinetuneError(f"crop_ratio is two ratios, the smaller one first, not {self.crop_ratio!r}")
+        if self.aa and self.aa.partition("-")[0] not in _AA:
+            raise FinetuneError(
+                f"aa is timm's text such as 'rand-m9-mstd0.5', and begins with one of {', '.join(_AA)}, not {self.aa!r}"
+            )
+
+    def __repr__(self) -> str:
+        chosen = (f"{name}={value!r}" for name, value in vars(self).items() if value != getattr(Augmentation, name))
+        return f"Augmentation({', '.join(chosen)})"
+
+    @property
+    def crops(self) -> bool:
+        """Whether RandomResizedCrop cuts."""
+        return self.crop_scale != (1.0, 1.0)
+
+    @property
+    def moves(self) -> bool:
+        """Whether an image is turned, zoomed, sheared or shifted."""
+        return any((self.rotation, self.zoom, self.shear, self.shift))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with one another."""
+        return bool(self.mixup or self.cutmix) and self.mix_prob > 0
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "hflip": (0, 1), "vflip": (0, 1), "rotation": (0, 180), "zoom": (0, 0.9), "shear": (0, 80), "shift": (0, 1),
+    "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1), "hue": (0, 0.5), "channel_shift": (0, 1),
+    "reprob": (0, 1), "mixup": (0, math.inf), "cutmix": (0, math.inf), "mix_prob": (0, 1),
+    "mixup_off_epoch": (0, math.inf),
+}  # fmt: skip
+
+PRESETS: Mapping[str, Augmentation] = MappingProxyType(
+    {
+        "none": Augmentation(),
+        "light": Augmentation(crop_scale=(0.5, 1.0), hflip=0.5),
+        "medium": Augmentation(
+            crop_scale=(0.25, 1.0), hflip=0.5, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.2
+        ),
+        "heavy": Augmentation(
+            crop_scale=(0.08, 1.0), hflip=0.5, aa="rand-m9-mstd0.5", reprob=0.25, mixup=0.2, cutmix=1.0
+        ),
+    }
+)

@@ -87,7 +87,7 @@ def read_crop(
             whole, id=id, exif=preprocessing.exif, icc=preprocessing.icc, truncated=preprocessing.truncated,
             max_pixels=max_pixels,
         )  # fmt: skip
-        return crop(image if box is None else _part(image, box), preprocessing)
+        return crop(image if box is None else part_of(image, box), preprocessing)
     except ImageError as error:  # The crop knows pixels only, not whose they are.
         raise (error if id is None or error.id == id else ImageError(id, error.reason, error.kind)) from None
 
@@ -131,7 +131,8 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     return _centred(pixels, preprocessing)
 
 
-def _part(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+def part_of(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return what lies in a box of left, top, right and bottom, cut off at the image's sides."""
     left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height)
     if left >= right or top >= bottom:
         reason = f"its box {box} lies outside of its {image.width} x {image.height} pixels"
@@ -175,6 +176,30 @@ def turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.ui
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def frame_of(height: int, width: int, preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """Return where the crop lies in an image.
+
+    Returns
+    -------
+    tuple of float
+        Top, left, bottom and right, as shares of the height and of the width. A crop that reaches beyond the image
+        has shares below 0 and above 1.
+
+    Examples
+    --------
+    >>> from embedkit import Preprocessing
+    >>> from embedkit.images import frame_of
+    >>> frame_of(100, 200, Preprocessing(img_size=(224, 224), crop_pct=1.0))
+    (0.0, 0.25, 1.0, 0.75)
+    """
+    shares = []
+    for have, want in zip(_resized(height, width, preprocessing), preprocessing.img_size, strict=True):
+        start = -((want - have) // 2) if want > have else round((have - want) / 2)
+        shares.append((start / have, (start + want) / have))
+    (top, bottom), (left, right) = shares
+    return top, left, bottom, right
 
 
 def _by_torch(preprocessing: Preprocessing, before: tuple[int, int], after: tuple[int, int]) -> bool:

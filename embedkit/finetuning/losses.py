@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -188,8 +187,8 @@ def balanced_weights(codes: npt.NDArray[np.int64], classes: int) -> npt.NDArray[
 
 def class_batches(
     codes: npt.NDArray[np.int64], batch_size: int, *, images_a_class: int = 4, seed: int = 0, epoch: int = 1
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the rows of each batch of an epoch, of which every class has several.
+) -> list[npt.NDArray[np.int64]]:
+    """Return the rows of each batch of an epoch, of which every class has several.
 
     A loss that compares pictures learns nothing from a class that is in its batch once. Each row is in one batch an
     epoch; what is left of the classes at its end comes in batches of fewer classes.
@@ -205,9 +204,9 @@ def class_batches(
     seed, epoch : int
         Draw it; nothing else does.
 
-    Yields
-    ------
-    array of shape (b,)
+    Returns
+    -------
+    list of arrays of shape (b,)
         int64.
 
     Examples
@@ -231,5 +230,4 @@ def class_batches(
     starts = list(range(0, len(groups), together))
     if len(starts) > 1 and len(groups) - starts[-1] < 2:
         starts.pop()  # One class alone is nothing to compare with: it joins the batch before.
-    for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True):
-        yield np.concatenate(groups[start:stop])
+    return [np.concatenate(groups[start:stop]) for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True)]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embedkit.images import jpeg
+from embedkit.images.decoding import orientation_of
 from embedkit.images.formats import open_image
 from embedkit.images.regions import Data, Region
 
@@ -44,3 +46,32 @@ def read_header(data: Data) -> Header | None:
             return Header(image.format or "unknown", image.width, image.height)
     except Exception:  # Whoever decodes the image finds out why, and says so.
         return None
+
+
+def upright_size(data: Data) -> tuple[int, int] | None:
+    """Return width and height of an image once it lies upright, or None when it is none that can be opened.
+
+    Of a region they are those of its box.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from embedkit.images import upright_size
+    >>> upright_size(np.zeros((480, 640, 3), dtype=np.uint8))
+    (640, 480)
+    """
+    if isinstance(data, Region):
+        left, top, right, bottom = data.box
+        return right - left, bottom - top
+    if isinstance(data, np.ndarray):
+        return data.shape[1], data.shape[0]
+    shape = jpeg.shape_of(data)
+    if shape is not None:
+        width, height, lying = shape[1], shape[0], jpeg.orientation(data) >= 5
+    else:
+        try:
+            with open_image(data, "image") as image:
+                width, height, lying = image.width, image.height, orientation_of(image) >= 5
+        except Exception:  # Whoever decodes the image finds out why, and says so.
+            return None
+    return (height, width) if lying else (width, height)

@@ -99,6 +99,34 @@ def fit_whitening(store: Store, dim: int, *, seed: int = 0) -> Whitening:
     """
     if not 1 <= dim <= store.dim:
         raise ValueError(f"{store.path} holds embeddings of width {store.dim}; cannot whiten to {dim}")
+    mean, variances, directions = principal_directions(store, seed=seed)
+    varied = int((variances > FLOOR * max(variances[-1], 0)).sum())
+    if varied < dim:
+        raise ValueError(
+            f"{store.path}: {min(SAMPLE, len(store)):,} rows vary in {varied} directions; cannot whiten to {dim}"
+        )
+    kept = slice(store.dim - dim, None)
+    matrix = (directions[:, kept] / np.sqrt(variances[kept])).T[::-1]
+    return Whitening(mean.astype(np.float32), np.ascontiguousarray(matrix, dtype=np.float32))
+
+
+def principal_directions(
+    store: Store, *, seed: int = 0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return how the embeddings of a store vary, read in blocks.
+
+    Parameters
+    ----------
+    store : Store
+        All rows, or a sample of 100,000.
+    seed : int, default 0
+        Draws the sample.
+
+    Returns
+    -------
+    tuple of arrays
+        Their mean of shape (d,), the variances (d,) in rising order, and the directions (d, d), one a column.
+    """
     rows = np.arange(len(store))
     if len(rows) > SAMPLE:
         rows = np.sort(np.random.default_rng(seed).choice(len(store), SAMPLE, replace=False))
@@ -110,9 +138,4 @@ def fit_whitening(store: Store, dim: int, *, seed: int = 0) -> Whitening:
     # cov = E[xx'] - E[x]E[x]' = V diag(v) V', and diag(v)^-1/2 V' whitens.
     mean = total / max(1, len(rows))
     variances, directions = np.linalg.eigh(products / max(1, len(rows)) - np.outer(mean, mean))
-    varied = int((variances > FLOOR * max(variances[-1], 0)).sum())
-    if varied < dim:
-        raise ValueError(f"{store.path}: {len(rows):,} rows vary in {varied} directions; cannot whiten to {dim}")
-    kept = slice(store.dim - dim, None)
-    matrix = (directions[:, kept] / np.sqrt(variances[kept])).T[::-1]
-    return Whitening(mean.astype(np.float32), np.ascontiguousarray(matrix, dtype=np.float32))
+    return mean, variances, directions

@@ -17,6 +17,10 @@ from embedkit.errors import BackboneError
 from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS, TRUNCATED
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
+_DEFAULTS: dict[str, Any] = {
+    "pool": "default", "exif": True, "arch_kwargs": {}, "decode": "standard", "precision": "fp32", "views": [],
+    "icc": False, "truncated": "fail",
+}  # fmt: skip
 PRECISIONS = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
@@ -37,6 +41,23 @@ def check_choices(
         check_views([views] if isinstance(views, str) else views)
     except ValueError as error:
         raise BackboneError(str(error)) from error
+
+
+def with_defaults(said: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Return pooling, decoder and the rest of what was said of reading, where nothing was said as the sidecar has it.
+
+    Raises
+    ------
+    BackboneError
+        When the sidecar, which may come from a stranger, says something else, or with a value of another type.
+    """
+    chosen = dict(said)
+    for name, value in own.items():
+        if name not in said or type(value) is not type(_DEFAULTS[name]):
+            raise BackboneError(f"the sidecar's load may hold {', '.join(said)}, and says {name}: {value!r}")
+        if said[name] == _DEFAULTS[name]:
+            chosen[name] = value
+    return chosen.pop("pool"), chosen.pop("decode"), chosen
 
 
 def numeric_choices(spec: EmbeddingSpec) -> dict[str, Any]:
@@ -170,9 +191,5 @@ def preprocessing_of(
 
 def without_defaults(**arguments: Any) -> dict[str, Any]:
     """Return the arguments that differ from those of `Backbone.load`, as JSON values."""
-    defaults: dict[str, Any] = {
-        "pool": "default", "exif": True, "arch_kwargs": {}, "decode": "standard", "precision": "fp32", "views": [],
-        "icc": False, "truncated": "fail",
-    }  # fmt: skip
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    return {name: value for name, value in plain.items() if value != defaults.get(name)}
+    return {name: value for name, value in plain.items() if value != _DEFAULTS.get(name)}

@@ -93,12 +93,11 @@ class Backbone:
             Replace single facts of the preprocessing that the weights were trained with. `img_size` is one side or
             (height, width), in pixels.
         pool : str, default "default"
-            The model's own pooling, because that is what its weights were trained with. avg, max, gem, cls, flatten and
-            none (every token) work on the last feature map or tokens; ``MODULE:POOL`` on what a module inside the
-            network returns, such as ``layer3:avg``, where MODULE may be the number of a feature level: ``-2:gem``.
+            The model's own pooling: what its weights were trained with, those of an adapted folder too. avg, max, gem,
+            cls, flatten and none (every token) work on the last feature map or tokens; ``MODULE:POOL`` on what a module
+            inside returns, such as ``layer3:avg``, where MODULE may be the number of a feature level: ``-2:gem``.
         exif : bool, default True
-            Whether EXIF orientation is applied. Phones store photographs sideways; published protocols mostly
-            ignored that.
+            Whether EXIF orientation is applied: phones store photographs sideways. Most protocols ignored that.
         icc : bool, default False
             Whether embedded colour profiles are applied. Published protocols ignored those too.
         truncated : {"fail", "pad"}, default "fail"
@@ -110,8 +109,7 @@ class Backbone:
             pixels in a thousand (cosine above 0.9999) and takes a third of the time; "exact" equals it bit for bit;
             "fast" decodes large JPEGs at a fraction of their size (cosine above 0.999); "gpu" has nvJPEG decode them.
         precision : {"fp32", "bf16", "fp16"}, default "fp32"
-            Number format of the forward pass. Half the bits take half the time where the hardware has them, and move
-            the numbers: an extraction says by how much.
+            Number format of the forward pass. Half the bits may take half the time, and move the numbers.
         views : sequence of str, optional
             More views of each image, whose embeddings are averaged with that of the plain one: ``flip`` for its mirror
             image, ``five-crop`` for the four corners, ``scale:0.7`` for a smaller one.
@@ -124,7 +122,7 @@ class Backbone:
         Returns
         -------
         Backbone
-            In evaluation mode, its embedding width measured by a forward pass.
+            In evaluation mode.
 
         Raises
         ------
@@ -139,8 +137,10 @@ class Backbone:
         >>> backbone.embed("query.jpg").shape  # doctest: +SKIP
         (384,)
         """
-        given.check_choices(decode, precision, views, truncated, preset, max_pixels)
         source = resolve(os.fspath(model), arch, arch_kwargs)
+        said = {"pool": pool, "decode": decode, "exif": exif, "icc": icc, "truncated": truncated}
+        pool, decode, reading = given.with_defaults(said, source.defaults)
+        given.check_choices(decode, precision, views, reading["truncated"], preset, max_pixels)
         facts: dict[str, Any] = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation}
         facts, kwargs = apply_preset(preset, source.arch, facts, arch_kwargs or {})
         size = given.image_size(facts.pop("img_size"))
@@ -148,15 +148,15 @@ class Backbone:
         facts |= {"crop_mode": crop_mode, "mean": mean, "std": std}
         backbone = cls.__new__(cls)
         backbone.device = given.usable_device(device)
-        preprocessing = given.preprocessing_of(network, size, facts, decode, exif=exif, icc=icc, truncated=truncated)
+        preprocessing = given.preprocessing_of(network, size, facts, decode, **reading)
         resizer = nvjpeg_decoder(backbone.device, preprocessing) if decode == "gpu" else None
         backbone._reader = Reader(whole_size(preprocessing, views), max_pixels, resizer)
         pool = whole_name(network, pool)
         backbone._set_up(network.eval().requires_grad_(False), preprocessing, pool, source, precision, tuple(views))
         where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
         backbone.recipe = given.without_defaults(
-            model=where, arch=arch, arch_kwargs=kwargs, img_size=size, **facts, pool=pool, exif=exif, icc=icc,
-            truncated=truncated, decode=decode, precision=precision, views=tuple(views),
+            model=where, arch=arch, arch_kwargs=kwargs, img_size=size, **facts, pool=pool, **reading, decode=decode,
+            precision=precision, views=tuple(views),
         )  # fmt: skip
         return backbone
 

@@ -28,6 +28,7 @@ class Source:
     arch_kwargs: dict[str, Any]
     weights: Path | None = None
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)  # Of `Backbone.load`, as an adapted folder wants them.
 
 
 def resolve(model: str, arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Source:
@@ -59,16 +60,37 @@ def resolve(model: str, arch: str | None, arch_kwargs: Mapping[str, Any] | None)
 
 def build(source: Source, img_size: tuple[int, int] | None) -> nn.Module:
     """Create the network of a source with its weights and without its classifier."""
-    timm = import_timm()
     kwargs = dict(source.arch_kwargs)
     _require_known(source.arch)
-    config = timm.get_pretrained_cfg(source.arch) if ":" not in source.arch else None
-    if img_size is not None and (config is None or config.fixed_input_size):
-        kwargs["img_size"] = img_size  # Resamples position embeddings; networks of any input size take no such option.
+    if img_size is not None and takes_size(source.arch):
+        kwargs["img_size"] = img_size  # Resamples position embeddings.
     model = _from_hub(source.arch, kwargs) if source.weights is None else _from_file(source, kwargs)
     if getattr(model, "num_classes", 0):
         model.reset_classifier(0)  # type: ignore[operator]
     return model
+
+
+def build_untrained(
+    arch: str, arch_kwargs: Mapping[str, Any], img_size: tuple[int, int], drop_path: float
+) -> nn.Module:
+    """Create the network of an architecture with timm's own random weights, as torch's generator draws them."""
+    _require_known(arch)
+    kwargs = dict(arch_kwargs)
+    if takes_size(arch):
+        kwargs["img_size"] = img_size
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
+    try:
+        model: nn.Module = import_timm().create_model(arch, pretrained=False, num_classes=0, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise BackboneError(f"{arch} cannot be built with {kwargs}: {_excerpt(error)}") from error
+    return model
+
+
+def takes_size(arch: str) -> bool:
+    """Return whether an architecture is built for one size of image; others take any, and no such option."""
+    config = import_timm().get_pretrained_cfg(arch) if ":" not in arch else None
+    return config is None or bool(config.fixed_input_size)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -109,9 +131,12 @@ def _from_sidecar(path: Path, arch: str | None, kwargs: dict[str, Any], weights:
     config = values.get("pretrained_cfg") or {}
     if not isinstance(saved, dict) or not isinstance(config, dict):
         raise BackboneError(f"{path}: model_args and pretrained_cfg must be JSON objects")
+    defaults = values.get("load") or {}
+    if not isinstance(defaults, dict):
+        raise BackboneError(f"{path}: load must be a JSON object")
     weights = weights or _weights_beside(path, values)
     _check_sha256(weights, values)
-    return Source(arch or found, {**saved, **kwargs}, weights, config)
+    return Source(arch or found, {**saved, **kwargs}, weights, config, defaults)
 
 
 def _weights_beside(sidecar: Path, values: Mapping[str, Any]) -> Path:

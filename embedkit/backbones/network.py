@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,6 +49,13 @@ class Network(nn.Module):
         # (x / 255 - mean) / std as one multiplication and one addition.
         self.register_buffer("scale", (1 / (255 * std)).expand(3, 1, 1).contiguous(), persistent=False)
         self.register_buffer("shift", (-mean / std).expand(3, 1, 1).contiguous(), persistent=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        """Copy the model, and nothing that was built or is being collected for the original."""
+        network = Network(copy.deepcopy(self.model, memo), self.preprocessing, self.pools, self.views)
+        memo[id(self)] = network.to(self.scale.device)
+        network.training = self.training
+        return network
 
     def forward(self, crops: Tensor) -> tuple[Tensor, ...]:
         """Return float32 embeddings of shape (b, d), one for each pooling, for crops (b, 3, h, w) of uint8.

@@ -1,0 +1,167 @@
+"""Copies of a backbone's network that may be trained, and what a folder must say so that the result loads again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from embedkit.backbones.loading import build_untrained, takes_size
+from embedkit.backbones.network import Network
+from embedkit.backbones.pooling import whole_name
+from embedkit.errors import BackboneError
+from embedkit.images import DECODERS
+from embedkit.spec import EmbeddingSpec, Preprocessing
+
+if TYPE_CHECKING:
+    from embedkit.backbones.backbone import Backbone
+
+
+def trainable_network(backbone: Backbone, *, drop_path: float = 0.0) -> Network:
+    """Return a copy of a backbone's network, from plain crops to its embedding, with weights that may learn.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Is left as it is.
+    drop_path : float, default 0.0
+        Chance that a residual branch is skipped while training, where the architecture has it.
+
+    Returns
+    -------
+    Network
+        In float32, on the backbone's device, in evaluation mode.
+
+    Raises
+    ------
+    BackboneError
+        When its architecture has no drop path.
+
+    Examples
+    --------
+    >>> network = trainable_network(backbone)  # doctest: +SKIP
+    >>> network(crops)[0].shape  # doctest: +SKIP
+    torch.Size([32, 1280])
+    """
+    own, spec = backbone._passes.model, backbone.spec
+    model = copy.deepcopy(own)
+    if drop_path:
+        model = build_untrained(spec.backbone, spec.arch_kwargs, spec.preprocessing.img_size, drop_path)
+        try:
+            model.load_state_dict(own.state_dict())
+        except RuntimeError as error:
+            raise BackboneError(f"{spec.backbone} is built otherwise with drop path: {error}") from error
+    return _channels_last(Network(model.requires_grad_(True), spec.preprocessing, (spec.pool,)).to(backbone.device))
+
+
+def fresh_network(
+    arch: str,
+    preprocessing: Preprocessing,
+    *,
+    pool: str = "default",
+    arch_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    drop_path: float = 0.0,
+) -> Network:
+    """Return a network with timm's own random weights.
+
+    Parameters
+    ----------
+    arch : str
+        timm architecture, without a tag.
+    preprocessing : Preprocessing
+        Of the pixels that it is to see.
+    pool : str, default "default"
+        As for `Backbone.load`.
+    arch_kwargs : mapping, optional
+        Keyword arguments of the architecture.
+    seed : int, default 0
+        Draws the weights; the generators of the process are left as they are.
+    drop_path : float, default 0.0
+        As for `trainable_network`.
+
+    Returns
+    -------
+    Network
+        In float32, on the processor, in evaluation mode.
+
+    Raises
+    ------
+    BackboneError
+        When timm knows no such architecture, or it takes no such arguments.
+
+    Examples
+    --------
+    >>> from embedkit.backbones.copies import fresh_network
+    >>> from embedkit.spec import Preprocessing
+    >>> network = fresh_network("test_resnet", Preprocessing(img_size=(64, 64)), seed=1)
+    >>> len(network.pools)
+    1
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_untrained(arch, arch_kwargs or {}, preprocessing.img_size, drop_path)
+    return _channels_last(Network(model, preprocessing, (whole_name(model, pool),)))
+
+
+def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
+    """Return what a sidecar must say so that `Backbone.load` makes a backbone like this from the model's weights.
+
+    timm reads the same file by ``create_model("local-dir:FOLDER")``, where it is called ``config.json``.
+
+    Parameters
+    ----------
+    spec : EmbeddingSpec
+        Of a backbone with the same architecture, preprocessing and pooling. Its weights do not matter.
+    model : nn.Module
+        timm's network, without its classifier.
+
+    Returns
+    -------
+    dict
+        JSON values: "architecture", "model_args", "pretrained_cfg" and "load".
+    """
+    pixels = spec.preprocessing
+    height, width = pixels.img_size
+    arguments = dict(spec.arch_kwargs)
+    if takes_size(spec.backbone):
+        arguments["img_size"] = [height, width]
+    own = getattr(model, "pretrained_cfg", {})
+    return {
+        "architecture": spec.backbone,
+        "num_classes": 0,
+        "num_features": getattr(model, "num_features", spec.dim),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, height, width],
+            "fixed_input_size": takes_size(spec.backbone),
+            "interpolation": pixels.interpolation,
+            "crop_pct": pixels.crop_pct,
+            "crop_mode": pixels.crop_mode,
+            "mean": list(pixels.mean),
+            "std": list(pixels.std),
+            "num_classes": 0,
+            "first_conv": _plain(own.get("first_conv")),
+            "classifier": _plain(own.get("classifier")),
+            "license": _plain(own.get("license")),
+        },
+        "load": {
+            "pool": spec.pool,
+            "decode": next(name for name, decoder in DECODERS.items() if decoder == pixels.decoder),
+            "exif": pixels.exif,
+            "icc": pixels.icc,
+            "truncated": pixels.truncated,
+        },
+    }
+
+
+def _channels_last(network: Network) -> Network:
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,205 @@
+"""Blocks: a network's parameters in the groups that timm sees in it, from the input to the output."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from embedkit.backbones import import_timm
+from embedkit.errors import FinetuneError
+from embedkit.finetuning.lora import is_adapter
+from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.trainee import Trainee
+
+_BODY = "network.model."
+_NAMED = 3  # Parts of a block that its name has room for.
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters of a network that are frozen, thawed and slowed down together.
+
+    Attributes
+    ----------
+    name : str
+        The modules that they lie in, such as ``layer4.1`` or ``blocks.6.0 + conv_head + bn2``.
+    depth : int
+        How many blocks lie between this one and the head; 0 for the last.
+    parameters : tuple of str
+        Names as in ``trainee.named_parameters()``.
+    """
+
+    name: str
+    depth: int
+    parameters: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """A row of the table of what learns: a block, or the head.
+
+    Attributes
+    ----------
+    name : str
+    frozen, trainable : int
+        Numbers that stay as they are to the end, and numbers that learn.
+    from_epoch : int
+        The first epoch in which they learn; 0 for never.
+    """
+
+    name: str
+    frozen: int
+    trainable: int
+    from_epoch: int
+
+
+def blocks_of(trainee: Trainee) -> tuple[Block, ...]:
+    """Return the blocks of a trainee's body, from the input to the output, without the head.
+
+    They are the groups of timm's layer decay: a stem, then one block for each residual block or transformer layer.
+    Only parameters that the embedding depends on are in them.
+
+    Parameters
+    ----------
+    trainee : Trainee
+
+    Returns
+    -------
+    tuple of Block
+
+    Examples
+    --------
+    >>> [block.name for block in blocks_of(trainee)]  # doctest: +SKIP
+    ['conv1 + bn1', 'layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']
+    """
+    model = trainee.network.model
+    names = [name.removeprefix(_BODY) for name in trainee.body]
+    if hasattr(model, "group_matcher"):
+        matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
+        numbers: dict[str, int] = import_timm().models.group_parameters(model, matcher, reverse=True)
+    else:  # Each child is a block.
+        children = [name for name, _ in model.named_children()]
+        numbers = {name: children.index(name.partition(".")[0]) + 1 if "." in name else 0 for name in names}
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(numbers[name], []).append(name)
+    last = len(groups) - 1
+    return tuple(
+        Block(_name(groups[number]), last - place, tuple(_BODY + name for name in groups[number]))
+        for place, number in enumerate(sorted(groups))
+    )
+
+
+def trainable_at(blocks: Sequence[Block], recipe: Recipe, epoch: int) -> frozenset[str]:
+    """Return the names of the body's parameters that learn in an epoch.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+        As `blocks_of` returns them.
+    recipe : Recipe
+        Of which unfreeze, gradual and lora are read. ``gradual`` thaws the block next to the head first, and one more
+        every so many epochs.
+    epoch : int
+        The first is 1.
+
+    Returns
+    -------
+    frozenset of str
+
+    Raises
+    ------
+    FinetuneError
+        When ``unfreeze`` names nothing in these blocks.
+    """
+    chosen = [chosen for chosen in (_chosen(block, recipe) for block in blocks) if chosen]
+    if not chosen and recipe.unfreeze != "none":
+        names = ", ".join(block.name for block in blocks)
+        raise FinetuneError(
+            f"--unfreeze {recipe.unfreeze} names nothing in this backbone; its blocks are: {names}; "
+            "a pattern is the name of a module or parameter, and * stands for anything, such as blocks.5* or *norm*"
+        )
+    thawed = len(chosen) if not recipe.gradual else 1 + (epoch - 1) // recipe.gradual
+    return frozenset().union(*chosen[max(0, len(chosen) - thawed) :])
+
+
+def set_trainable(trainee: Trainee, blocks: Sequence[Block], recipe: Recipe, epoch: int) -> None:
+    """Freeze and thaw a trainee's parts for an epoch, the first of which is 1, and set it to training mode."""
+    trainee.set_trainable(trainable_at(blocks, recipe, epoch))
+    trainee.train()
+
+
+def freeze_body(trainee: Trainee) -> None:
+    """Freeze everything but the head: parameters, statistics of batch normalisation, and whatever draws by chance."""
+    trainee.set_trainable(())
+
+
+def list_states(trainee: Trainee, recipe: Recipe) -> list[BlockState]:
+    """Return what learns and what does not, block by block, with the head as the last row.
+
+    Parameters
+    ----------
+    trainee : Trainee
+        Is left as it is.
+    recipe : Recipe
+        As for `trainable_at`.
+
+    Returns
+    -------
+    list of BlockState
+        Parameters that the embedding does not depend on are not counted.
+
+    Examples
+    --------
+    >>> for row in list_states(trainee, recipe):  # doctest: +SKIP
+    ...     print(row.name, row.frozen, row.trainable)
+    """
+    blocks = blocks_of(trainee)
+    sizes = {name: parameter.numel() for name, parameter in trainee.named_parameters()}
+    by_epoch = [trainable_at(blocks, recipe, epoch) for epoch in range(1, recipe.epochs + 1)]
+    rows = []
+    for block in blocks:
+        epochs = [number for number, names in enumerate(by_epoch, 1) if not names.isdisjoint(block.parameters)]
+        learning = frozenset().union(*by_epoch) & set(block.parameters)
+        trainable = sum(sizes[name] for name in learning)
+        whole = sum(sizes[name] for name in block.parameters)
+        rows.append(BlockState(block.name, whole - trainable, trainable, min(epochs, default=0)))
+    head = sum(size for name, size in sizes.items() if name.startswith("head."))
+    return [*rows, BlockState("head", 0, head, 1)]
+
+
+def _chosen(block: Block, recipe: Recipe) -> frozenset[str]:
+    """Return the parameters of a block that a recipe unfreezes at some time."""
+    unfreeze, last = recipe.unfreeze, recipe.unfreeze.removeprefix("last-")
+    names = [name for name in block.parameters if not recipe.lora or is_adapter(name)]
+    if unfreeze == "none" or (last != unfreeze and last.isdecimal() and block.depth >= int(last)):
+        return frozenset()
+    if unfreeze == "all" or (last != unfreeze and last.isdecimal()):
+        return frozenset(names)
+    patterns = [pattern.strip() for pattern in unfreeze.split(",")]
+    return frozenset(name for name in names if any(_matches(name.removeprefix(_BODY), each) for each in patterns))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern names a parameter or a module that it lies in."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _name(parameters: Sequence[str]) -> str:
+    """Return the modules that parameters lie in, each child of the network as far down as its own have in common."""
+    children: dict[str, list[list[str]]] = {}
+    for name in parameters:
+        path = name.split(".")
+        children.setdefault(path[0], []).append(path[:-1] or path)
+    names = [".".join(_shared(paths)) for paths in children.values()]
+    more = f" + {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return " + ".join(names[:_NAMED]) + more
+
+
+def _shared(paths: list[list[str]]) -> list[str]:
+    """Return the beginning that paths have in common."""
+    low, high = min(paths), max(paths)  # All others lie between these two.
+    length = next((place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[:length]

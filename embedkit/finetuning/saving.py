@@ -1,0 +1,126 @@
+"""Saving: an adapted network as a folder of JSON and weights, usable wherever a backbone is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from embedkit import __version__
+from embedkit.backbones.copies import sidecar_values
+from embedkit.backbones.network import Network
+from embedkit.errors import FinetuneError
+from embedkit.finetuning.lora import merged
+from embedkit.spec import EmbeddingSpec
+from embedkit.store.durable import aside_name, naming, publish_over, write_durably
+
+FORMAT, VERSION = "embedkit-backbone", 1
+SIDECAR, TIMM_CONFIG, WEIGHTS = "backbone.json", "config.json", "model.safetensors"
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def save_backbone(
+    folder: str | os.PathLike[str],
+    network: Network,
+    spec: EmbeddingSpec,
+    *,
+    classes: Sequence[str] = (),
+    parents: Sequence[EmbeddingSpec] = (),
+    recipe: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    information: Mapping[str, Any] | None = None,
+    precision: str = "fp32",
+) -> None:
+    """Write a network as a folder that `Backbone.load` and timm read.
+
+    The folder gets ``model.safetensors``, ``backbone.json`` with everything that is known of it, and ``config.json``
+    with timm's part of that, for ``timm.create_model("local-dir:FOLDER")``. Each file is replaced at once, the weights
+    first: between them ``backbone.json`` names other weights by their hash, and loading says so.
+
+    Parameters
+    ----------
+    folder : path-like
+        Made where it is missing; files of these three names are replaced, all others left alone.
+    network : Network
+        Low-rank adapters are worked into a copy of its weights; it is left as it is.
+    spec : EmbeddingSpec
+        Of a backbone with the same architecture, preprocessing and pooling: mostly the one that was adapted.
+    classes : sequence of str, optional
+        Names of the classes that it was trained on.
+    parents : sequence of EmbeddingSpec, optional
+        Of the backbones that it comes from: the one that was adapted, or its teachers.
+    recipe, metrics, information : mapping, optional
+        JSON values to keep: every setting, what was measured, and anything else.
+    precision : {"fp32", "fp16"}, default "fp32"
+        Number format of the file. Half the bits take half the room; the backbone computes in float32 either way.
+
+    Raises
+    ------
+    FinetuneError
+        When weights are infinite or NaN, do not fit into the precision, or a value is none of JSON's.
+
+    Examples
+    --------
+    >>> save_backbone("runs/flowers", trainee.network, backbone.spec, parents=[backbone.spec])  # doctest: +SKIP
+    >>> ek.Backbone.load("runs/flowers").dim  # doctest: +SKIP
+    1280
+    """
+    folder = Path(folder)
+    model = merged(network)
+    weights = save(_tensors(model.state_dict(), precision, folder))
+    described = sidecar_values(spec, model)
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        **described,
+        "weights": WEIGHTS,
+        "files": {WEIGHTS: {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}},
+        "classes": [str(name) for name in classes],
+        "parents": [{"digest": parent.digest, "spec": parent.to_dict()} for parent in parents],
+        "recipe": dict(recipe or {}),
+        "metrics": dict(metrics or {}),
+        "information": dict(information or {}),
+        "embedkit": __version__,
+    }
+    texts = {TIMM_CONFIG: _json({key: described[key] for key in described if key != "load"}), SIDECAR: _json(values)}
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, weights)
+    for name, text in texts.items():
+        _replace(folder / name, text)
+
+
+def _tensors(state: Mapping[str, torch.Tensor], precision: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Return tensors as they are written, each with memory of its own."""
+    if precision not in PRECISIONS:
+        raise FinetuneError(f"unknown precision {precision!r} of a file; choose one of {', '.join(PRECISIONS)}")
+    tensors = {}
+    for name, value in state.items():
+        written = value.to(PRECISIONS[precision]) if value.is_floating_point() else value
+        if not torch.isfinite(written).all():
+            reason = "infinite or NaN" if not torch.isfinite(value).all() else f"too large for {precision}"
+            raise FinetuneError(f"{folder} is not written: the weights {name} are {reason}; did training diverge?")
+        tensors[name] = written.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(values, indent=1, ensure_ascii=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise FinetuneError(f"a backbone is described by JSON values only: {error}") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    fresh = path.with_name(aside_name())
+    try:
+        write_durably(fresh, data)
+        publish_over(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ def with_defaults(said: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str,
     chosen = dict(said)
     for name, value in own.items():
         if name not in said or type(value) is not type(_DEFAULTS[name]):
-            raise BackboneError(f"the sidecar's load may hold {', '.join(said)}, and says {name}: {value!r}")
+            raise BackboneError(f"the sidecar's load_defaults may hold {', '.join(said)}, and says {name}: {value!r}")
         if said[name] == _DEFAULTS[name]:
             chosen[name] = value
     return chosen.pop("pool"), chosen.pop("decode"), chosen

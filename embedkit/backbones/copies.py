@@ -122,7 +122,7 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
     Returns
     -------
     dict
-        JSON values: "architecture", "model_args", "pretrained_cfg" and "load".
+        JSON values: "architecture", "model_args", "pretrained_cfg" and "load_defaults".
     """
     pixels = spec.preprocessing
     height, width = pixels.img_size
@@ -148,7 +148,7 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
             "classifier": _plain(own.get("classifier")),
             "license": _plain(own.get("license")),
         },
-        "load": {
+        "load_defaults": {
             "pool": spec.pool,
             "decode": next(name for name, decoder in DECODERS.items() if decoder == pixels.decoder),
             "exif": pixels.exif,

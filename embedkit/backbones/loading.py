@@ -131,9 +131,9 @@ def _from_sidecar(path: Path, arch: str | None, kwargs: dict[str, Any], weights:
     config = values.get("pretrained_cfg") or {}
     if not isinstance(saved, dict) or not isinstance(config, dict):
         raise BackboneError(f"{path}: model_args and pretrained_cfg must be JSON objects")
-    defaults = values.get("load") or {}
+    defaults = values.get("load_defaults") or {}
     if not isinstance(defaults, dict):
-        raise BackboneError(f"{path}: load must be a JSON object")
+        raise BackboneError(f"{path}: load_defaults must be a JSON object")
     weights = weights or _weights_beside(path, values)
     _check_sha256(weights, values)
     return Source(arch or found, {**saved, **kwargs}, weights, config, defaults)

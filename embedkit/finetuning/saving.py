@@ -88,7 +88,10 @@ def save_backbone(
         "information": dict(information or {}),
         "embedkit": __version__,
     }
-    texts = {TIMM_CONFIG: _json({key: described[key] for key in described if key != "load"}), SIDECAR: _json(values)}
+    texts = {
+        TIMM_CONFIG: _json({key: described[key] for key in described if key != "load_defaults"}),
+        SIDECAR: _json(values),
+    }
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, weights)

@@ -191,7 +191,8 @@ def line_chart(
     curves = [[(x, y) for x, y in line.points if y > 0 or not logarithmic] for line in lines]
     xs, ys = ([point[axis] for curve in curves for point in curve] or [1.0] for axis in (0, 1))
     left, right = _padded(min(xs), max(xs), 0.04, (-math.inf, math.inf))
-    low, high = _padded(*(math.log10(y) if logarithmic else y for y in (min(ys), max(ys))), 0.06, (-math.inf, math.inf))
+    ends = [math.log10(y) if logarithmic else y for y in (min(ys), max(ys))]
+    low, high = _padded(ends[0], ends[1], 0.06, (-math.inf, math.inf))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)

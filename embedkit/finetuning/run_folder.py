@@ -1,0 +1,133 @@
+"""RunFolder: what lies where in the folder of a run, and whose run it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embedkit.errors import FinetuneError
+from embedkit.evaluation.cells import write_whole
+from embedkit.finetuning.recipe import Recipe
+from embedkit.spec import flat
+
+FORMAT, VERSION = "embedkit-finetuning", 1
+MAX_JSON_BYTES = 16 << 20
+SHOWN = 8
+
+# Everything that a run writes; nothing else is ever removed.
+_FILES = (
+    "recipe.json", "split.csv", "before.h5", "after.h5", "epochs.csv", "report.json", "report.html", "backbone.json",
+    "config.json", "model.safetensors",
+)  # fmt: skip
+_FOLDERS = ("state", "head", "before.h5.parts", "after.h5.parts", "tensorboard")
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Parameters
+    ----------
+    path : path-like
+        It need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.recipe, self.split = self.path / "recipe.json", self.path / "split.csv"
+        self.before, self.after = self.path / "before.h5", self.path / "after.h5"
+        self.report, self.page = self.path / "report.json", self.path / "report.html"
+        self.head = self.path / "head"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that was begun here has come to its end."""
+        return self.report.is_file()
+
+    def claim(self, recipe: Recipe, identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Take the folder for a run, or find that it is this run's already.
+
+        Parameters
+        ----------
+        recipe : Recipe
+            Every setting.
+        identity : mapping of str to str
+            What else decides the weights: digests of the backbone and the images.
+        overwrite : bool, default False
+            Whether another run that is there is removed.
+
+        Raises
+        ------
+        FinetuneError
+            When the folder holds another run, naming the settings that differ, or something else than a run.
+        """
+        wanted = {"identity": dict(identity), "recipe": recipe.to_dict()}
+        if overwrite:
+            self._clear()
+        if self.recipe.exists():
+            self._require_same(wanted)
+            return
+        strange = [name for name in self._names() if not name.startswith(".")]
+        if strange:
+            raise FinetuneError(
+                f"{self.path} holds something else than a run, such as {sorted(strange)[0]!r}; name another folder"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, "version": VERSION, **wanted}, indent=1)
+        write_whole(self.recipe, text.encode())
+
+    def write_report(self, values: Mapping[str, Any], page: str) -> None:
+        """Write the report, first as a page and then as JSON, which ends the run."""
+        write_whole(self.page, page.encode("utf-8", "backslashreplace"))
+        write_whole(self.report, json.dumps(values, indent=1, allow_nan=False).encode("utf-8", "backslashreplace"))
+
+    def read_report(self) -> dict[str, Any]:
+        """Return what `write_report` wrote."""
+        return _read(self.report)
+
+    def _names(self) -> list[str]:
+        return os.listdir(self.path) if self.path.is_dir() else []
+
+    def _require_same(self, wanted: Mapping[str, Any]) -> None:
+        found = _read(self.recipe)
+        left, right = (flat({name: one.get(name) or {} for name in wanted}) for one in (found, wanted))
+        differing = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
+        if differing:
+            lines = [f"\n  {name}: {left.get(name)!r} there, {right.get(name)!r} now" for name in differing[:SHOWN]]
+            more = f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+            state = "a finished run" if self.finished else "an unfinished run"
+            raise FinetuneError(
+                f"{self.path} holds {state} of other settings; name another folder, or replace it with --overwrite; "
+                f"these differ:{''.join(lines)}{more}"
+            )
+
+    def _clear(self) -> None:
+        """Remove a run, and nothing that is none."""
+        if not self.recipe.is_file():
+            return
+        _read(self.recipe)
+        for name in _FOLDERS:
+            if (self.path / name).is_dir() and not (self.path / name).is_symlink():
+                shutil.rmtree(self.path / name)
+        for name in (*_FILES[1:], _FILES[0]):  # What says whose folder it is, last.
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file that a run wrote."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+        if path.name == "recipe.json" and (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"it is of the format {values.get('format')!r}, version {values.get('version')!r}")
+        return values
+    except OSError as error:
+        raise FinetuneError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FinetuneError(f"{path} is not what a run writes: {error}; name another folder") from error

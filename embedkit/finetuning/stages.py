@@ -1,0 +1,278 @@
+"""The stages of fine-tuning: embed, warm up, train, save, embed again, compare."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedkit.backbones import Backbone
+from embedkit.errors import EvaluationError
+from embedkit.evaluation.cells import write_whole
+from embedkit.extraction import Progress, listed
+from embedkit.finetuning.blocks import blocks_of, list_states, trainable_at
+from embedkit.finetuning.checkpoints import forget, state_folder
+from embedkit.finetuning.distributed import World, join_world
+from embedkit.finetuning.examples import Division, Examples, divide
+from embedkit.finetuning.feed import Feed
+from embedkit.finetuning.history import History, Moment
+from embedkit.finetuning.job import Job, Watcher
+from embedkit.finetuning.losses import METRIC_LOSSES, class_batches, make_criterion
+from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.recorders import Recorder, TensorBoardRecorder, WandbRecorder
+from embedkit.finetuning.results import conclude
+from embedkit.finetuning.run_folder import RunFolder
+from embedkit.finetuning.trainee import make_trainee
+from embedkit.finetuning.training import resumable, train
+from embedkit.finetuning.validation import validate_classes
+from embedkit.finetuning.warmup import warm_up
+from embedkit.store import Store
+from embedkit.text import counted
+
+Rows = npt.NDArray[np.int64]
+
+log = logging.getLogger("embedkit")
+
+
+def finetune(
+    images: Any,
+    backbone: Backbone | str,
+    output: str | os.PathLike[str],
+    *,
+    recipe: Recipe | None = None,
+    split: str | os.PathLike[str] | None = None,
+    train_split: str = "train",
+    val_split: str | None = None,
+    test_split: str | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
+    reextract: bool = True,
+    workers: int | None = None,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    wandb_offline: bool = False,
+    overwrite: bool = False,
+    progress: Watcher | None = None,
+) -> Backbone:
+    """Adapt a backbone to labelled images, embed them again with it, and say what that bought.
+
+    The images are embedded once; a new head is fitted to the embeddings of the training part while the body is frozen;
+    then body and head learn together from the images; the epoch that the validation images like best is kept. Before
+    and after are compared on images that nothing was learned from.
+
+    After every epoch everything that is needed to go on is on disk: the same call, after a kill, ends in the very
+    weights of a run that nobody interrupted. Under ``torchrun`` several processes train together.
+
+    Parameters
+    ----------
+    images : path-like, Listing, sequence, mapping, dataset or iterator
+        As `embedkit.extract` takes them, with classes: a folder for each, or a table with a column label. Or images of
+        any shape whose classes the split file says.
+    backbone : Backbone or str
+        What is adapted; a name is loaded with its defaults. It is left as it is.
+    output : path-like
+        A folder: the adapted backbone, its head, the split, the stores before and after, and a report.
+    recipe : Recipe, optional
+        Every setting; by default ``Recipe()``.
+    split : path-like, optional
+        A CSV file with the columns path and split, and optionally label. Without one, a fifth of each class is held out
+        by the recipe's seed. Either way the split is recorded in the folder.
+    train_split, val_split, test_split : str, optional
+        What the split file calls the parts to train on, to choose the best epoch on, and to compare on; see
+        `embedkit.finetuning.examples.divide`.
+    store : Store or path-like, optional
+        Embeddings of these images by this backbone, so that they need not be made.
+    reextract : bool, default True
+        Whether the images are embedded again, and the embeddings compared.
+    workers : int, optional
+        Threads that decode; by default one for each usable processor.
+    tensorboard : bool, default False
+        Whether the figures are written for TensorBoard, too.
+    wandb : str, optional
+        A project of Weights & Biases that gets them, too.
+    wandb_offline : bool, default False
+        Whether they are kept for ``wandb sync`` instead of being sent.
+    overwrite : bool, default False
+        Whether another run in the folder is replaced.
+    progress : callable, optional
+        Called with the name of a stage, and a `Progress` of embedding or a `Moment` of training.
+
+    Returns
+    -------
+    Backbone
+        The adapted one, as ``Backbone.load(output)`` returns it.
+
+    Raises
+    ------
+    FinetuneError
+        When the recipe asks for what this backbone cannot do, the folder holds another run (naming the settings that
+        differ), the loss is no number any more (with what to try), or memory does not hold a single image.
+    EvaluationError
+        When there are no classes or no honest split; see `embedkit.finetuning.examples.divide`.
+    SpecMismatchError
+        When `store` was made otherwise.
+    MissingExtraError
+        When a loss, adapters or a recorder need a package that is not installed.
+
+    Examples
+    --------
+    >>> import embedkit as ek
+    >>> backbone = ek.Backbone.load("mobilenetv2_100.ra_in1k")  # doctest: +SKIP
+    >>> adapted = ek.finetune("flowers/", backbone, "runs/flowers")  # doctest: +SKIP
+    >>> ek.extract("more/", "more.h5", adapted)  # doctest: +SKIP
+    """
+    recipe = _settled(recipe or Recipe())
+    listing = listed(images)
+    if isinstance(backbone, str):
+        backbone = Backbone.load(backbone)
+    with join_world(str(backbone.device)) as world:
+        division = divide(
+            listing, split, train_split=train_split, val_split=val_split, test_split=test_split, seed=recipe.seed
+        )
+        job = _prepared(backbone, recipe, division, RunFolder(output), world, workers, progress or _silent)
+        recorders = _recorders(job, tensorboard, wandb, wandb_offline)
+        if _claimed(job, overwrite):
+            return job.adapted()
+        before = _embed_before(job, store, wanted=reextract or recipe.warmup_kind != "none")
+        job = replace(job, division=_readable(job, before))
+        warmup = _warm_up(job, before)
+        history = _train(job, recorders)
+        if world.first:
+            conclude(job, before, warmup, history, reextract=reextract)
+        job.wait()
+        return job.adapted()
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """Return the recipe with the metric that its loss can be judged by."""
+    if recipe.loss in METRIC_LOSSES and recipe.metric == Recipe.metric:
+        log.info("the best epoch is chosen by recall@1: the loss %s trains no head", recipe.loss)
+        return replace(recipe, metric="recall@1")
+    return recipe
+
+
+def _prepared(
+    backbone: Backbone, recipe: Recipe, division: Division, folder: RunFolder, world: World, workers: int | None,
+    watch: Watcher,
+) -> Job:  # fmt: skip
+    """Return the job, after finding out whatever cannot work: rather now than after hours."""
+    trainee = make_trainee(backbone, len(division.classes), recipe)
+    blocks = blocks_of(trainee)
+    trainable_at(blocks, recipe, 1)
+    criterion = make_criterion(recipe, len(division.classes), backbone.dim)
+    identity = {"backbone": backbone.spec.digest, "images": division.sha256}
+    return Job(backbone, recipe, division, folder, world, workers, watch, trainee, blocks, criterion, identity)
+
+
+def _recorders(job: Job, tensorboard: bool, wandb: str | None, offline: bool) -> list[Recorder]:
+    if not job.world.first:
+        return []
+    found: list[Recorder] = [TensorBoardRecorder(job.folder.path)] if tensorboard else []
+    settings = {**job.recipe.to_dict(), **job.identity}
+    return found + ([WandbRecorder(job.folder.path, wandb, settings, offline=offline)] if wandb else [])
+
+
+def _claimed(job: Job, overwrite: bool) -> bool:
+    """Take the folder, and return whether all is done there already."""
+    if job.world.first:
+        log.info("%s", job.division.to_text())
+        job.folder.claim(job.recipe, job.identity, overwrite=overwrite)
+        if job.folder.finished:
+            log.info("%s: this run is finished already; --overwrite repeats it", job.folder.path)
+            forget(job.folder.path)
+        else:
+            job.division.write(job.folder.split)
+    job.wait()
+    return job.folder.finished
+
+
+def _embed_before(job: Job, given: Store | str | os.PathLike[str] | None, *, wanted: bool) -> Store | None:
+    """Return the embeddings of the frozen backbone, made here or given; None where no stage needs them."""
+    if given is not None:
+        store = given if isinstance(given, Store) else Store.open(given)
+        job.backbone.spec.require_same(store.spec, f"{store.path} was not made by this backbone")
+        known = {*store.ids, *(failure.id for failure in store.failures)}
+        missing = [id for part in job.division.parts for id in part.ids if id not in known]
+        if missing:
+            raise EvaluationError(
+                f"{store.path} lacks {counted(len(missing), 'image')}, such as {missing[0]!r}; bring it up to date "
+                "with embedkit extract, or leave --store out"
+            )
+        return store
+    if not wanted:
+        return None
+    with job.stage("embedding", f"{counted(len(job.listing.files), 'image')} by {job.backbone.description}"):
+        return job.embed(job.backbone, job.folder.before, "embedding")
+
+
+def _readable(job: Job, store: Store | None) -> Division:
+    return job.division if store is None else job.division.without(failure.id for failure in store.failures)
+
+
+def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
+    """Fit the head to the stored embeddings, and return how; where a run goes on, how it was."""
+    recipe, kept = job.recipe, state_folder(job.folder.path) / "warmup.json"
+    if resumable(job.folder.path, job.identity, recipe, world=job.world):
+        return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else {}
+    if before is None or recipe.warmup_kind == "none" or recipe.loss in METRIC_LOSSES:
+        return {"warm-up": "none"}
+    train = job.division.train
+    with job.stage("warm-up", f"the head ({recipe.head}) on {counted(len(train), 'stored embedding')}, body frozen"):
+        groups = _copies(before, train)
+        found = warm_up(job.trainee, before.rows(ids=train.ids), train.codes, recipe, groups=groups)
+    facts = {"warm-up": found.kind, "warm-up rows": found.rows, "warm-up top1 on them": round(found.top1, 4)}
+    facts |= {f"warm-up {name}": value for name, value in found.choice.items() if isinstance(value, int | float)}
+    if job.world.first:
+        kept.parent.mkdir(exist_ok=True)
+        write_whole(kept, json.dumps(facts).encode())
+        log.info("warm-up: %s of its rows right", f"{found.top1:.4f}")
+    return facts
+
+
+def _copies(store: Store, examples: Examples) -> Rows:
+    """Return a number for each example, the same for those of the same bytes."""
+    hashes = np.ascontiguousarray(store.content_sha256[[store.index_of(id) for id in examples.ids]])
+    groups: Rows = np.unique(hashes.view("V32").ravel(), return_inverse=True)[1].astype(np.int64)
+    return groups if hashes.any() else np.arange(len(examples))
+
+
+def _train(job: Job, recorders: Sequence[Recorder]) -> History:
+    recipe, world, division = job.recipe, job.world, job.division
+
+    def feed(part: Examples, batches: Any = None) -> Feed:
+        return Feed(
+            part.entries, part.codes, job.backbone.preprocessing, recipe, classes=len(job.classes),
+            workers=job.workers, rank=world.rank, world=world.size, batches=batches, max_pixels=job.backbone.max_pixels,
+        )  # fmt: skip
+
+    def class_steps(epoch: int) -> Sequence[Rows]:
+        return list(class_batches(division.train.codes, recipe.batch_size * world.size, seed=recipe.seed, epoch=epoch))
+
+    metric = recipe.loss in METRIC_LOSSES
+    val, judge = feed(division.val), _judge(metric)
+    learning = sum(state.trainable for state in list_states(job.trainee, recipe)) if recipe.epochs else 0
+    with job.stage("training", f"{counted(recipe.epochs, 'epoch')}, {learning:,} parameters learn"):
+        return train(
+            job.trainee, feed(division.train, class_steps if metric else None), recipe, job.folder.path,
+            blocks=job.blocks, criterion=job.criterion, validate=lambda trainee: judge(trainee, val, world=world),
+            identity=job.identity, world=world, recorders=recorders,
+            progress=lambda moment: job.watch("training", moment),
+        )  # fmt: skip
+
+
+def _judge(metric: bool) -> Callable[..., dict[str, float]]:
+    """Return what validates a trainee: its head, or how its embeddings find each other."""
+    if metric:
+        from embedkit.finetuning.recall import validate_recall
+
+        return validate_recall
+    return validate_classes
+
+
+def _silent(stage: str, state: Progress | Moment) -> None:
+    """Take news and say nothing."""

@@ -1,0 +1,84 @@
+"""One update's gradients, from as many pieces as the memory asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from embedkit.finetuning.feed import TrainBatch
+    from embedkit.finetuning.trainee import Trainee
+
+# Raised by the accelerator's allocator, or by the system's.
+_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def accumulate(
+    trainee: Trainee,
+    criterion: nn.Module,
+    pieces: Sequence[TrainBatch],
+    total: int,
+    context: Callable[[], AbstractContextManager[object]],
+    scale: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Add the gradients of a mean loss to the parameters, piece by piece.
+
+    Parameters
+    ----------
+    trainee : Trainee
+        The network and its head.
+    criterion : nn.Module
+        Called with outputs (b, c), embeddings (b, d), both float32, and the batch; returns their mean loss.
+    pieces : sequence of TrainBatch
+        What one update learns from, on the trainee's device.
+    total : int
+        Images in all pieces: a piece counts by its share of them.
+    context : callable
+        Opens the precision that the network computes in.
+    scale : callable
+        What the loss is multiplied with before the backward pass, for fp16.
+
+    Returns
+    -------
+    Tensor
+        The mean loss (), not scaled.
+    """
+    device = next(trainee.parameters()).device
+    whole = torch.zeros((), device=device)
+    for piece in pieces:
+        with context():
+            embeddings = trainee.embed(piece.pixels)  # (b, 3, h, w) -> (b, d)
+            outputs = trainee.head(embeddings)  # (b, d) -> (b, c)
+        loss = criterion(outputs.float(), embeddings.float(), piece) * (len(piece.rows) / total)
+        scale(loss).backward()  # type: ignore[no-untyped-call]
+        whole += loss.detach()
+    return whole
+
+
+def in_pieces(batches: Sequence[TrainBatch], parts: int) -> Iterator[TrainBatch]:
+    """Yield every batch in that many parts of nearly one size, without those that are empty."""
+    for batch in batches:
+        size = -(-len(batch.rows) // parts)
+        for start in range(0, len(batch.rows), max(1, size)):
+            span = slice(start, start + size)
+            yield replace(
+                batch, pixels=batch.pixels[span], codes=batch.codes[span], rows=batch.rows[span],
+                targets=None if batch.targets is None else batch.targets[span],
+            )  # fmt: skip
+
+
+def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    """Return a batch with all its tensors on a device."""
+    pixels, codes, rows = (each.to(device, non_blocking=True) for each in (batch.pixels, batch.codes, batch.rows))
+    targets = None if batch.targets is None else batch.targets.to(device, non_blocking=True)
+    return replace(batch, pixels=pixels, codes=codes, rows=rows, targets=targets)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch says that there is no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in _MEMORY_WORDS)

@@ -1,0 +1,310 @@
+"""The training loop: one for fine-tuning and distillation, flat, and resumable after every epoch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedkit.errors import FinetuneError
+from embedkit.finetuning.blocks import Block, set_trainable
+from embedkit.finetuning.checkpoints import LAST, check_identity, load_state, state_folder
+from embedkit.finetuning.distributed import World
+from embedkit.finetuning.history import EpochRow, History, Moment
+from embedkit.finetuning.optimisers import set_rates
+from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.recorders import Recorder
+from embedkit.finetuning.runs import Run, begin, identity_of, keep, load_best
+from embedkit.finetuning.schedules import rate_factor
+from embedkit.finetuning.steps import accumulate, in_pieces, is_out_of_memory, on_device
+from embedkit.finetuning.validation import validate_classes
+
+if TYPE_CHECKING:
+    from embedkit.finetuning.feed import Feed, TrainBatch
+    from embedkit.finetuning.trainee import Trainee
+
+log = logging.getLogger("embedkit")
+
+_SMALLEST_SCALE = 2.0**-10  # Of fp16's losses: below it, the overflow is not the scale's fault.
+_TRY = (
+    "try a tenth of --body-lr and --head-lr, --clip-grad 1, a longer --warmup-epochs, or --amp-dtype bf16 or fp32; "
+    "other settings need another folder"
+)
+
+
+def train(
+    trainee: Trainee,
+    feed: Feed,
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    *,
+    blocks: Sequence[Block],
+    criterion: nn.Module,
+    validation: Feed | None = None,
+    validate: Callable[[Trainee], dict[str, float]] | None = None,
+    identity: Mapping[str, Any],
+    world: World | None = None,
+    recorders: Sequence[Recorder] = (),
+    progress: Callable[[Moment], None] | None = None,
+) -> History:
+    """Train a network and its head, and leave the best epoch's weights in them.
+
+    After every epoch the whole state is on disk. The same call, in a process that begins as this one did, goes on from
+    there, and ends in the very weights of a run that nobody interrupted.
+
+    Parameters
+    ----------
+    trainee : Trainee
+        On the device that it is trained on.
+    feed : Feed
+        Its `epoch` gives the training images in batches.
+    recipe : Recipe
+        Every setting.
+    folder : path-like
+        Of the run: ``state/`` and ``epochs.csv`` are written there.
+    blocks : sequence of Block
+        As `blocks_of` returns them.
+    criterion : nn.Module
+        Called with outputs (b, c), embeddings (b, d), both float32, and the batch; returns their mean loss. Its
+        parameters learn like the head's.
+    validation : Feed, optional
+        Its `validation` gives the images that the best epoch is chosen by.
+    validate : callable, optional
+        Returns metrics, of which ``recipe.metric`` chooses the best epoch: the greatest, of ``loss`` the least. Called
+        in every process. By default `validate_classes` of `validation`; without either the last epoch is the best.
+    identity : mapping of str to JSON values
+        What must agree beside the recipe for a run to be resumed, such as digests of the backbone and the images.
+    world : World, optional
+        The processes that train together; by default this one alone.
+    recorders : sequence of Recorder
+        Called by the first process.
+    progress : callable, optional
+        Called after every update.
+
+    Returns
+    -------
+    History
+        All epochs, those before an interruption too.
+
+    Raises
+    ------
+    FinetuneError
+        When the folder holds another run, the loss is no number any more, or memory does not hold one image.
+    """
+    world = world or World()
+    device = next(trainee.parameters()).device
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        run = begin(trainee, recipe, Path(folder), blocks, criterion, identity, world, device)
+        judge = validate or _judge_of(validation, run)
+        recorders = recorders if world.first else ()
+        for recorder in recorders:
+            recorder.begin(run.history.epochs)
+        for epoch in range(len(run.history.epochs) + 1, recipe.epochs + 1):
+            if run.history.stopped:
+                break
+            row = _train_epoch(run, feed, epoch, progress)
+            row = _validate_epoch(run, row, judge)
+            for recorder in recorders:
+                recorder.record(row)
+        for recorder in recorders:
+            recorder.close()
+        load_best(run)
+    return run.history
+
+
+def _judge_of(validation: Feed | None, run: Run) -> Callable[[Trainee], dict[str, float]]:
+    if validation is None:
+        return lambda trainee: {}
+    return lambda trainee: validate_classes(trainee, validation, world=run.world, context=run.context)
+
+
+def resumable(
+    folder: str | os.PathLike[str], identity: Mapping[str, Any], recipe: Recipe, *, world: World | None = None
+) -> bool:
+    """Whether `train` would go on from a state in this folder.
+
+    Raises
+    ------
+    FinetuneError
+        When the state is of another run, naming what differs, or damaged.
+    """
+    path = state_folder(folder) / LAST
+    if not path.exists():
+        return False
+    check_identity(path, load_state(path)[1]["identity"], identity_of(identity, recipe, world or World()))
+    return True
+
+
+def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], None] | None) -> EpochRow:
+    recipe, world = run.recipe, run.world
+    set_trainable(run.trainee, run.blocks, recipe, epoch)
+    run.criterion.train()
+    updates = -(-feed.steps // recipe.grad_accum_steps)
+    batches = feed.epoch(epoch)
+    images, summed, before, skipped = 0, 0.0, None, 0
+    rates: dict[str, float] = {}
+    started = time.perf_counter()
+    for step in range(updates):
+        rates = set_rates(
+            run.optimiser, run.plateau.factor * rate_factor(recipe, (epoch - 1) * updates + step, updates)
+        )
+        # A step's chances are those of its number, so that a resumed run draws what an unbroken one would.
+        key = np.random.SeedSequence([recipe.seed, epoch, step, world.rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(key) & (2**63 - 1))
+        group = [on_device(batch, run.device) for batch in islice(batches, recipe.grad_accum_steps)]
+        count, loss, norm, left_out = _update(run, group)
+        skipped += left_out
+        # The numbers of the step before: looking at them does not wait for this one, where an accelerator computes.
+        summed += _checked(run, before, epoch, step)
+        before = (count, loss, norm)
+        images += count
+        if progress is not None and world.first:
+            progress(_moment(run, epoch, step, updates, images, summed, started))
+    assert next(batches, None) is None, "the feed gives more batches than it said"
+    summed += _checked(run, before, epoch, updates)
+    if not images:
+        raise FinetuneError(f"none of the {len(feed.failures)} training images can be read: {feed.failures[0]}")
+    seconds = time.perf_counter() - started
+    failed = int(world.total(torch.tensor(len(feed.failures), device=run.device)))
+    size = -(-recipe.batch_size // run.parts)
+    return EpochRow(epoch, summed / images, {}, rates, images, failed, seconds, size, skipped)
+
+
+def _update(run: Run, batches: Sequence[TrainBatch]) -> tuple[int, Tensor, Tensor, bool]:
+    """Move the weights once; return images, mean loss, the gradients' norm, and whether fp16 left the update out."""
+    recipe, parameters = run.recipe, run.parameters
+    images = sum(len(batch.rows) for batch in batches)
+    loss = _gradients(run, batches, images)
+    images, loss = run.world.add_gradients(parameters, images, loss)
+    if not images:
+        return 0, loss, loss, False
+    run.scaler.unscale_(run.optimiser)
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_grad or math.inf)
+    scale = run.scaler.get_scale()
+    run.scaler.step(run.optimiser)
+    run.scaler.update()
+    left_out = run.scaler.get_scale() < scale
+    if run.average is not None and not left_out:
+        run.average.update()
+    return images, loss, norm, left_out
+
+
+def _gradients(run: Run, batches: Sequence[TrainBatch], images: int) -> Tensor:
+    """Fill the gradients of the mean loss; where memory runs out, from smaller pieces, for the rest of the run."""
+    while True:
+        run.optimiser.zero_grad(set_to_none=True)
+        try:
+            pieces = list(in_pieces(batches, run.parts))
+            return accumulate(run.trainee, run.criterion, pieces, images, run.context, run.scaler.scale)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            largest = max(len(batch.rows) for batch in batches)
+            if -(-largest // run.parts) == 1:
+                raise FinetuneError(
+                    "memory does not hold one image's gradients; try --grad-checkpointing, a smaller --img-size, "
+                    "--amp-dtype bf16, or fewer blocks to --unfreeze"
+                ) from error
+            run.parts *= 2
+            size = -(-largest // run.parts)
+        # Outside the handler: the error holds on to what the failed pass had made.
+        run.optimiser.zero_grad(set_to_none=True)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory: %d images at once from now on, and their gradients are added up", size)
+
+
+def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, number: int) -> float:
+    """Return the sum of a step's losses; raise FinetuneError where it, or its gradient, is no number."""
+    if step is None:
+        return 0.0
+    images, loss, norm = step[0], float(step[1]), float(step[2])
+    scaled = run.scaler.is_enabled()
+    if math.isfinite(loss) and (math.isfinite(norm) or (scaled and run.scaler.get_scale() > _SMALLEST_SCALE)):
+        return loss * images
+    what = "the loss" if not math.isfinite(loss) else "the gradient"
+    kept = f"the state after epoch {epoch - 1} is kept; " if epoch > 1 else ""
+    raise FinetuneError(f"{what} is no finite number in epoch {epoch}, update {number}; {kept}{_TRY}")
+
+
+def _moment(run: Run, epoch: int, step: int, updates: int, images: int, summed: float, started: float) -> Moment:
+    seconds = time.perf_counter() - started
+    share = (step + 1) / updates
+    left = seconds / share * (run.recipe.epochs - epoch + 1 - share) + run.validating * (run.recipe.epochs - epoch + 1)
+    total = round(images / share)
+    return Moment(epoch, run.recipe.epochs, images, total, summed / max(1, images), images / seconds, left)
+
+
+def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str, float]]) -> EpochRow:
+    recipe, epoch = run.recipe, row.epoch
+    started = time.perf_counter()
+    run.trainee.eval()
+    run.criterion.eval()
+    with run.average.lent() if run.average else nullcontext():
+        run.world.share_values(run.trainee)
+        metrics = judge(run.trainee)
+        score = _score(metrics, recipe, row.loss)
+        better = not metrics or not run.history.best_epoch or score > run.best_score
+        best = {f"trainee.{name}": value.clone() for name, value in run.trainee.state_dict().items()} if better else {}
+    run.validating = time.perf_counter() - started
+    row = EpochRow(**{**asdict(row), "metrics": metrics})
+    best_epoch = epoch if better else run.history.best_epoch
+    run.best_score = score if better else run.best_score
+    run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" else run.plateau
+    waited = epoch - best_epoch
+    stopped = f"no better {recipe.metric} in {waited} epochs" if recipe.patience and waited >= recipe.patience else ""
+    run.history = History((*run.history.epochs, row), best_epoch, stopped)
+    if run.world.first:
+        keep(run, best)
+    _say(run, row)
+    run.world.total(torch.zeros(1, device=run.device))  # No process is an epoch ahead of the state on disk.
+    return row
+
+
+def _score(metrics: Mapping[str, float], recipe: Recipe, loss: float) -> float:
+    """Return what an epoch is judged by, greater is better; without validation its training loss."""
+    if not metrics:
+        return -loss
+    if recipe.metric not in metrics:
+        raise FinetuneError(f"no validation metric is called {recipe.metric!r}; choose one of {', '.join(metrics)}")
+    value = -metrics[recipe.metric] if recipe.metric == "loss" else metrics[recipe.metric]
+    return -math.inf if math.isnan(value) else value
+
+
+def _say(run: Run, row: EpochRow) -> None:
+    if not run.world.first:
+        return
+    recipe = run.recipe
+    left = (row.seconds + run.validating) * (recipe.epochs - row.epoch)
+    metrics = "".join(f", val {name} {value:.4f}" for name, value in row.metrics.items() if name == recipe.metric)
+    best = " (best)" if row.metrics and run.history.best_epoch == row.epoch else ""
+    rates = [rate for rate in row.rates.values() if rate]
+    span = f"{min(rates):.2g} to {max(rates):.2g}" if rates else "0"
+    log.info(
+        "epoch %d of %d: loss %.4f%s%s, %.0f images/s, lr %s%s", row.epoch, recipe.epochs, row.loss, metrics, best,
+        row.images_per_second, span, f", {_spell(left)} left" if left and not run.history.stopped else "",
+    )  # fmt: skip
+    if run.history.stopped:
+        log.info("stops early: %s", run.history.stopped)
+
+
+def _spell(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

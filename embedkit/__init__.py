@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         EmbeddingShapeError,
         EmbedkitError,
         EvaluationError,
+        FinetuneError,
         ImageError,
         MissingExtraError,
         SpecMismatchError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
     from embedkit.evaluation import Report, compare, comparison_table, predict, probe, read_suite, run_suite
     from embedkit.extraction import estimate, extract
+    from embedkit.finetuning import Augmentation, Recipe, finetune
     from embedkit.index import Index, cluster, find_duplicates, find_outliers, retrieval_report
     from embedkit.sources import list_images
     from embedkit.spec import EmbeddingSpec, Preprocessing
@@ -34,16 +36,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Augmentation",
     "Backbone",
     "BackboneError",
     "EmbeddingShapeError",
     "EmbeddingSpec",
     "EmbedkitError",
     "EvaluationError",
+    "FinetuneError",
     "ImageError",
     "Index",
     "MissingExtraError",
     "Preprocessing",
+    "Recipe",
     "Report",
     "SpecMismatchError",
     "Store",
@@ -59,6 +64,7 @@ __all__ = [
     "extract",
     "find_duplicates",
     "find_outliers",
+    "finetune",
     "list_images",
     "list_models",
     "predict",
@@ -69,10 +75,12 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "Augmentation": "finetuning",
     "Backbone": "backbones",
     "EmbeddingSpec": "spec",
     "Index": "index",
     "Preprocessing": "spec",
+    "Recipe": "finetuning",
     "Report": "evaluation",
     "Store": "store",
     "cluster": "index",
@@ -82,6 +90,7 @@ _ROOMS = {
     "extract": "extraction",
     "find_duplicates": "index",
     "find_outliers": "index",
+    "finetune": "finetuning",
     "list_images": "sources",
     "list_models": "backbones",
     "predict": "evaluation",

@@ -13,16 +13,19 @@ HEAVY = {"torch", "torchvision", "timm", "faiss", "sklearn", "h5py", "PIL", "sci
 def test_the_public_names_are_exactly_these() -> None:
     assert embedkit.__all__ == sorted(embedkit.__all__)
     assert embedkit.__all__ == [
+        "Augmentation",
         "Backbone",
         "BackboneError",
         "EmbeddingShapeError",
         "EmbeddingSpec",
         "EmbedkitError",
         "EvaluationError",
+        "FinetuneError",
         "ImageError",
         "Index",
         "MissingExtraError",
         "Preprocessing",
+        "Recipe",
         "Report",
         "SpecMismatchError",
         "Store",
@@ -38,6 +41,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "extract",
         "find_duplicates",
         "find_outliers",
+        "finetune",
         "list_images",
         "list_models",
         "predict",

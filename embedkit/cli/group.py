@@ -18,6 +18,7 @@ from embedkit.cli.commands import info, models
 from embedkit.cli.diagnosis import doctor
 from embedkit.cli.duplicates import dedupe
 from embedkit.cli.extraction import extract
+from embedkit.cli.finetuning import finetune
 from embedkit.cli.predicting import predict
 from embedkit.cli.printing import NoticeHandler, error_lines
 from embedkit.cli.probing import probe
@@ -81,6 +82,6 @@ def main() -> None:
 
 for _command in (
     extract, info, status, verify, merge, select, export_store, import_store, build_index, search, dedupe, retrieve,
-    outliers, cluster_store, probe, predict, bench, models, doctor,
+    outliers, cluster_store, probe, predict, bench, finetune, models, doctor,
 ):  # fmt: skip
     main.add_command(_command)

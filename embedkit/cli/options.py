@@ -170,32 +170,40 @@ _BACKBONE_OPTIONS = [
     ),
 ]  # fmt: skip
 
-_SOURCE_OPTIONS = [
-    click.option("--files-from", metavar="LIST", help="Take the images that a file names, one a line; - reads them."),
-    click.option(
+_SOURCE_OPTIONS = {
+    "files_from": click.option(
+        "--files-from", metavar="LIST", help="Take the images that a file names, one a line; - reads them."
+    ),
+    "columns": click.option(
         "--columns", type=_KeyValue(), multiple=True, callback=lambda ctx, param, value: dict(value) or None,
         metavar="ROLE=NAME", help="Column of a table for path, id, label, split or box; may be repeated.",
     ),
-    click.option(
+    "root": click.option(
         "--root", metavar="FOLDER", help="Folder or URL that all paths in a table or a list of files are below."
     ),
-    click.option("--split", metavar="NAME", help="Take the rows of this split of a table or a dataset."),
-    click.option(
+    "split": click.option("--split", metavar="NAME", help="Take the rows of this split of a table or a dataset."),
+    "box_format": click.option(
         "--box-format", type=click.Choice(["xyxy", "xywh"]),
         help="Boxes of a table: two corners, or a corner and a size.  [default: by the columns' names]",
     ),
-    click.option("--fps", metavar="RATE", help="Take so many frames a second of videos, such as 1, 0.2 or 30000/1001."),
-    click.option(
+    "fps": click.option(
+        "--fps", metavar="RATE", help="Take so many frames a second of videos, such as 1, 0.2 or 30000/1001."
+    ),
+    "include": click.option(
         "--include", multiple=True, metavar="GLOB",
         help="Take only images like this: a name such as *.png, or with a slash a whole id such as cat/*.",
     ),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out images like this."),
-    click.option("--limit", type=click.IntRange(1), metavar="N", help="Take the first N."),
-    click.option("--sample", type=click.IntRange(1), metavar="N", help="Take N at random."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of --sample."),
-    click.option("--shard", type=_Shard(), metavar="I/N", help="Take the I-th of N shards; an image stays in its own."),
-    click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of a folder."),
-]  # fmt: skip
+    "exclude": click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out images like this."),
+    "limit": click.option("--limit", type=click.IntRange(1), metavar="N", help="Take the first N."),
+    "sample": click.option("--sample", type=click.IntRange(1), metavar="N", help="Take N at random."),
+    "seed": click.option("--seed", type=int, default=0, show_default=True, help="Of --sample."),
+    "shard": click.option(
+        "--shard", type=_Shard(), metavar="I/N", help="Take the I-th of N shards; an image stays in its own."
+    ),
+    "follow_links": click.option(
+        "--follow-links", is_flag=True, help="Follow symbolic links that lead out of a folder."
+    ),
+}  # fmt: skip
 
 NAMES = _Names()
 NUMBERS = _Numbers(int)
@@ -218,9 +226,18 @@ quiet_option = click.option(
 
 def source_options(command: Command) -> Command:
     """Add the options of `list_images`, which `source_arguments` takes out of a command's."""
-    for option in reversed(_SOURCE_OPTIONS):
-        command = option(command)
-    return command
+    return some_source_options(*_SOURCE_OPTIONS)(command)
+
+
+def some_source_options(*names: str) -> Callable[[Command], Command]:
+    """Return what adds some of the options of `list_images`, by their names there."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = _SOURCE_OPTIONS[name](command)
+        return command
+
+    return add
 
 
 def source_arguments(choices: dict[str, Any]) -> dict[str, Any]:

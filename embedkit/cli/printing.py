@@ -29,6 +29,7 @@ from embedkit.text import counted, printable
 if TYPE_CHECKING:
     from embedkit.backbones import ModelInfo
     from embedkit.extraction import Estimate, Progress
+    from embedkit.finetuning.history import Moment
     from embedkit.index import SearchResult
     from embedkit.store import Failure, Status, Store
 
@@ -152,6 +153,47 @@ class ImageBar(CountBar):
             facts += [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
             facts += [f"{progress.failed} failed"] if progress.failed else []
             self._bar.set_postfix_str(", ".join(facts), refresh=False)
+
+
+class TrainingBar(CountBar):
+    """The bar of an epoch after the other."""
+
+    unit = " images"
+
+    def update(self, moment: Moment) -> None:  # type: ignore[override]
+        """Show how far a training run is."""
+        super().update(moment.images, moment.total)
+        if self._bar is not None:
+            left = timedelta(seconds=round(moment.seconds_left))
+            facts = f"epoch {moment.epoch} of {moment.epochs}, loss {moment.loss:.4f}, {left} left in all"
+            self._bar.set_postfix_str(facts, refresh=False)
+
+
+class StageBars:
+    """A bar for each stage of a run that embeds and trains."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self._stage, self._bar = "", CountBar(quiet)
+
+    def __enter__(self) -> StageBars:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def update(self, stage: str, state: Progress | Moment) -> None:
+        """Show how far a stage is."""
+        trains = hasattr(state, "epochs")
+        if stage != self._stage:
+            self._bar.__exit__(None, None, None)
+            self._stage, self._bar = stage, TrainingBar(self.quiet) if trains else ImageBar(self.quiet)
+        self._bar.update(state)  # type: ignore[call-arg, arg-type]
+        done, total = (state.images, state.total) if trains else (state.done, state.total)  # type: ignore[union-attr]
+        if done == total and (not trains or state.epoch == state.epochs):  # type: ignore[union-attr]
+            self._bar.__exit__(None, None, None)  # What is said from here on comes below it.
 
 
 def failures(store: Store, quiet: bool) -> None:

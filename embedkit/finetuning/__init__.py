@@ -1,1 +1,7 @@
 """Adapting a backbone: stages, augmentation, the training loop, distillation."""
+
+from embedkit.finetuning.augmentation import PRESETS, Augmentation
+from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.stages import finetune
+
+__all__ = ["PRESETS", "Augmentation", "Recipe", "finetune"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,13 @@ class BeforeAfter:
             "verdict": self.verdict, "part": self.part, "chosen_on": self.chosen_on, "caveat": self.caveat,
             "changes": changes,
         }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BeforeAfter:
+        """Return what `to_dict` wrote, without the reports."""
+        names = [each.name for each in fields(Change)]
+        changes = [Change(**{name: one[name] for name in names}) for one in values["changes"]]
+        return cls(changes, str(values["part"]), bool(values["chosen_on"]))
 
     def to_text(self) -> str:
         """Return the comparison as plain text for a terminal."""

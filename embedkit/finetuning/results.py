@@ -24,7 +24,7 @@ from embedkit.finetuning.blocks import list_states
 from embedkit.finetuning.checkpoints import forget
 from embedkit.finetuning.comparison import BeforeAfter, classifier_report, compare_stores
 from embedkit.finetuning.distributed import World
-from embedkit.finetuning.examples import Examples, leaks_across
+from embedkit.finetuning.examples import Examples
 from embedkit.finetuning.history import History
 from embedkit.finetuning.job import Job
 from embedkit.finetuning.layers import as_estimator
@@ -34,14 +34,22 @@ from embedkit.finetuning.saving import save_backbone
 from embedkit.finetuning.warmup import warm_up
 from embedkit.heads import save_head
 from embedkit.store import Store
-from embedkit.text import counted, printable
+from embedkit.text import counted
 
 Rows = npt.NDArray[np.float32]
 
 log = logging.getLogger("embedkit")
 
 
-def conclude(job: Job, before: Store | None, warmup: dict[str, Any], history: History, *, reextract: bool) -> None:
+def conclude(
+    job: Job,
+    before: Store | None,
+    leaks: dict[str, Leaks],
+    warmup: dict[str, Any],
+    history: History,
+    *,
+    reextract: bool,
+) -> None:
     """Save what was learned, embed again, compare, and write the report; the state is needed no more.
 
     Parameters
@@ -50,6 +58,8 @@ def conclude(job: Job, before: Store | None, warmup: dict[str, Any], history: Hi
         Its trainee has the best epoch's weights.
     before : Store, optional
         Of the frozen backbone; without it nothing is compared.
+    leaks : dict of str to Leaks
+        Pictures that a part shares with the training part, for the report.
     warmup : dict
         How the head was fitted at first, for the report.
     history : History
@@ -65,10 +75,9 @@ def conclude(job: Job, before: Store | None, warmup: dict[str, Any], history: Hi
         with job.stage("embedding again", f"{counted(len(job.listing.files), 'image')} by the adapted backbone"):
             after = alone.embed(adapted, job.folder.after, "embedding again", before)
     trained = _judged(job, adapted, after)
-    comparison, leaks = None, dict[str, Leaks]()
+    comparison = None
     if before is not None:
         with job.stage("comparison", f"on {counted(len(job.division.test), 'image')} of {job.division.test.name}"):
-            leaks = _leaks(job, before)
             comparison = _compared(job, before, after, trained)
         log.info("%s", comparison.verdict)
     failures = [f"{failure.id}: {failure.reason}" for failure in job.listing.failures]
@@ -129,19 +138,6 @@ def _embeddings(
     if not ids:
         raise FinetuneError(f"no image of the part {part.name!r} can be read any more")
     return x, np.array([codes[id] for id in ids], dtype=np.int64), ids
-
-
-def _leaks(job: Job, store: Store) -> dict[str, Leaks]:
-    found = leaks_across(job.division, store, job.folder.split)
-    for part, leaks in found.items():
-        if leaks.pairs:
-            first = leaks.pairs[0]
-            log.warning(
-                "%d of %d images of %s have a copy in %s (%d pairs of the same bytes, %d alike), such as %s and %s: "
-                "mend split.csv and pass it as --split", len(leaks.test_rows), leaks.tested, part,
-                job.division.train.name, leaks.exact, leaks.near, printable(first.test_id), printable(first.train_id),
-            )  # fmt: skip
-    return found
 
 
 def _compared(job: Job, before: Store, after: Store | None, trained: Report) -> BeforeAfter:

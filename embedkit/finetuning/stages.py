@@ -15,11 +15,12 @@ import numpy.typing as npt
 from embedkit.backbones import Backbone
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.cells import write_whole
+from embedkit.evaluation.leaks import Leaks
 from embedkit.extraction import Progress, listed
 from embedkit.finetuning.blocks import blocks_of, list_states, trainable_at
 from embedkit.finetuning.checkpoints import forget, state_folder
 from embedkit.finetuning.distributed import World, join_world
-from embedkit.finetuning.examples import Division, Examples, divide
+from embedkit.finetuning.examples import Division, Examples, divide, leaks_across
 from embedkit.finetuning.feed import Feed
 from embedkit.finetuning.history import History, Moment
 from embedkit.finetuning.job import Job, Watcher
@@ -33,7 +34,7 @@ from embedkit.finetuning.training import resumable, train
 from embedkit.finetuning.validation import validate_classes
 from embedkit.finetuning.warmup import warm_up
 from embedkit.store import Store
-from embedkit.text import counted
+from embedkit.text import counted, printable
 
 Rows = npt.NDArray[np.int64]
 
@@ -140,10 +141,11 @@ def finetune(
             return job.adapted()
         before = _embed_before(job, store, wanted=reextract or recipe.warmup_kind != "none")
         job = replace(job, division=_readable(job, before))
+        leaks = _leaks(job, before)
         warmup = _warm_up(job, before)
         history = _train(job, recorders)
         if world.first:
-            conclude(job, before, warmup, history, reextract=reextract)
+            conclude(job, before, leaks, warmup, history, reextract=reextract)
         job.wait()
         return job.adapted()
 
@@ -212,6 +214,22 @@ def _embed_before(job: Job, given: Store | str | os.PathLike[str] | None, *, wan
 
 def _readable(job: Job, store: Store | None) -> Division:
     return job.division if store is None else job.division.without(failure.id for failure in store.failures)
+
+
+def _leaks(job: Job, store: Store | None) -> dict[str, Leaks]:
+    """Return the pictures that a part shares with the training part, and warn of them."""
+    if store is None or not job.world.first:
+        return {}
+    found = leaks_across(job.division, store, job.folder.split)
+    for part, leaks in found.items():
+        if leaks.pairs:
+            first = leaks.pairs[0]
+            log.warning(
+                "%d of %d images of %s have a copy in %s (%d pairs of the same bytes, %d alike), such as %s and %s: "
+                "mend split.csv and pass it as --split", len(leaks.test_rows), leaks.tested, part,
+                job.division.train.name, leaks.exact, leaks.near, printable(first.test_id), printable(first.train_id),
+            )  # fmt: skip
+    return found
 
 
 def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:

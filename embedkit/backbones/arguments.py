@@ -43,8 +43,8 @@ def check_choices(
         raise BackboneError(str(error)) from error
 
 
-def with_defaults(said: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Return pooling, decoder and the rest of what was said of reading, where nothing was said as the sidecar has it.
+def with_defaults(said: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `load`, where nothing was said as the model's own sidecar has it.
 
     Raises
     ------
@@ -53,11 +53,13 @@ def with_defaults(said: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str,
     """
     chosen = dict(said)
     for name, value in own.items():
-        if name not in said or type(value) is not type(_DEFAULTS[name]):
+        plain = _DEFAULTS.get(name)
+        sides = name == "img_size" and isinstance(value, list) and all(type(side) is int for side in value)
+        if name not in said or not (sides or type(value) is type(plain)):
             raise BackboneError(f"the sidecar's load_defaults may hold {', '.join(said)}, and says {name}: {value!r}")
-        if said[name] == _DEFAULTS[name]:
+        if said[name] == plain:
             chosen[name] = value
-    return chosen.pop("pool"), chosen.pop("decode"), chosen
+    return chosen
 
 
 def numeric_choices(spec: EmbeddingSpec) -> dict[str, Any]:

@@ -114,8 +114,7 @@ class Backbone:
             More views of each image, whose embeddings are averaged with that of the plain one: ``flip`` for its mirror
             image, ``five-crop`` for the four corners, ``scale:0.7`` for a smaller one.
         preset : {"default", "published"}, default "default"
-            What holds where nothing else is given: what timm says, or for DINO, DINOv2, MAE and OpenAI's CLIP what
-            their published numbers were measured with.
+            What holds where nothing is given: timm's, or for DINO, DINOv2, MAE and CLIP the published evaluation's.
         device : str, default "auto"
             "auto" takes the first GPU, otherwise the processor; any torch device is taken at its word.
 
@@ -138,8 +137,9 @@ class Backbone:
         (384,)
         """
         source = resolve(os.fspath(model), arch, arch_kwargs)
-        said = {"pool": pool, "decode": decode, "exif": exif, "icc": icc, "truncated": truncated}
-        pool, decode, reading = given.with_defaults(said, source.defaults)
+        said = {"img_size": img_size, "pool": pool, "decode": decode, "exif": exif, "icc": icc, "truncated": truncated}
+        reading = given.with_defaults(said, source.defaults)
+        img_size, pool, decode = (reading.pop(name) for name in ("img_size", "pool", "decode"))
         given.check_choices(decode, precision, views, reading["truncated"], preset, max_pixels)
         facts: dict[str, Any] = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation}
         facts, kwargs = apply_preset(preset, source.arch, facts, arch_kwargs or {})

@@ -110,8 +110,6 @@ def fresh_network(
 def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
     """Return what a sidecar must say so that `Backbone.load` makes a backbone like this from the model's weights.
 
-    timm reads the same file by ``create_model("local-dir:FOLDER")``, where it is called ``config.json``.
-
     Parameters
     ----------
     spec : EmbeddingSpec
@@ -124,19 +122,23 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
     dict
         JSON values: "architecture", "model_args", "pretrained_cfg" and "load_defaults".
     """
-    pixels = spec.preprocessing
-    height, width = pixels.img_size
-    arguments = dict(spec.arch_kwargs)
+    pixels, own = spec.preprocessing, getattr(model, "pretrained_cfg", {})
+    defaults = {
+        "pool": spec.pool,
+        "decode": next(name for name, decoder in DECODERS.items() if decoder == pixels.decoder),
+        "exif": pixels.exif,
+        "icc": pixels.icc,
+        "truncated": pixels.truncated,
+    }
     if takes_size(spec.backbone):
-        arguments["img_size"] = [height, width]
-    own = getattr(model, "pretrained_cfg", {})
+        defaults["img_size"] = list(pixels.img_size)
     return {
         "architecture": spec.backbone,
         "num_classes": 0,
         "num_features": getattr(model, "num_features", spec.dim),
-        "model_args": arguments,
+        "model_args": dict(spec.arch_kwargs),
         "pretrained_cfg": {
-            "input_size": [3, height, width],
+            "input_size": [3, *pixels.img_size],
             "fixed_input_size": takes_size(spec.backbone),
             "interpolation": pixels.interpolation,
             "crop_pct": pixels.crop_pct,
@@ -148,14 +150,15 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
             "classifier": _plain(own.get("classifier")),
             "license": _plain(own.get("license")),
         },
-        "load_defaults": {
-            "pool": spec.pool,
-            "decode": next(name for name, decoder in DECODERS.items() if decoder == pixels.decoder),
-            "exif": pixels.exif,
-            "icc": pixels.icc,
-            "truncated": pixels.truncated,
-        },
+        "load_defaults": defaults,
     }
+
+
+def timm_config(sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what timm reads of a sidecar: its ``config.json``, for ``create_model("local-dir:FOLDER")``."""
+    config = {name: value for name, value in sidecar.items() if name != "load_defaults"}
+    size = sidecar["load_defaults"].get("img_size")
+    return config if size is None else {**config, "model_args": {**config["model_args"], "img_size": size}}
 
 
 def _channels_last(network: Network) -> Network:

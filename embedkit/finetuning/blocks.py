@@ -57,8 +57,8 @@ class BlockState:
 def blocks_of(trainee: Trainee) -> tuple[Block, ...]:
     """Return the blocks of a trainee's body, from the input to the output, without the head.
 
-    They are the groups of timm's layer decay: a stem, then one block for each residual block or transformer layer.
-    Only parameters that the embedding depends on are in them.
+    They are the groups of timm's layer decay: a stem, then one block for each residual block or transformer layer. A
+    norm behind the last one belongs to it. Only parameters that the embedding depends on are in them.
 
     Parameters
     ----------
@@ -84,10 +84,13 @@ def blocks_of(trainee: Trainee) -> tuple[Block, ...]:
     groups: dict[int, list[str]] = {}
     for name in names:
         groups.setdefault(numbers[name], []).append(name)
-    last = len(groups) - 1
+    ordered = [groups[number] for number in sorted(groups)]
+    if len(ordered) > 1 and all(trainee.get_parameter(_BODY + name).ndim <= 1 for name in ordered[-1]):
+        norms = ordered.pop()
+        ordered[-1] += norms
+    last = len(ordered) - 1
     return tuple(
-        Block(_name(groups[number]), last - place, tuple(_BODY + name for name in groups[number]))
-        for place, number in enumerate(sorted(groups))
+        Block(_name(names), last - place, tuple(_BODY + name for name in names)) for place, names in enumerate(ordered)
     )
 
 

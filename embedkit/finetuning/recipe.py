@@ -41,7 +41,7 @@ class Recipe:
     gradual : int, default 0
         Epochs between one block's thaw and the next's, from the head to the input; 0 thaws everything at once.
     freeze_norm : bool, default True
-        Whether batch normalisation keeps its pretrained statistics; its weights learn all the same.
+        Whether batch normalisation keeps its pretrained statistics; its weights learn all the same. Not from scratch.
     from_scratch : bool, default False
         Whether the network starts from timm's own random weights.
     lora : int, default 0

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from embedkit import __version__
-from embedkit.backbones.copies import sidecar_values
+from embedkit.backbones.copies import sidecar_values, timm_config
 from embedkit.backbones.network import Network
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.lora import merged
@@ -88,10 +88,7 @@ def save_backbone(
         "information": dict(information or {}),
         "embedkit": __version__,
     }
-    texts = {
-        TIMM_CONFIG: _json({key: described[key] for key in described if key != "load_defaults"}),
-        SIDECAR: _json(values),
-    }
+    texts = {TIMM_CONFIG: _json(timm_config(described)), SIDECAR: _json(values)}
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, weights)

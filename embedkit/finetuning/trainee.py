@@ -125,8 +125,9 @@ def make_trainee(backbone: Backbone, classes: int, recipe: Recipe) -> Trainee:
     if recipe.lora:
         add_adapters(network, recipe.lora, seed=recipe.seed)
     head = make_layers(recipe.head, backbone.dim, classes, seed=recipe.seed)
-    trainee = Trainee(network, head, freeze_norm=recipe.freeze_norm).to(backbone.device)
-    return trainee.eval()
+    # Random weights come with no statistics that were worth keeping.
+    trainee = Trainee(network, head, freeze_norm=recipe.freeze_norm and not recipe.from_scratch)
+    return trainee.to(backbone.device).eval()
 
 
 def _taking_part(network: Network) -> tuple[str, ...]:

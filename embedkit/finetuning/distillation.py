@@ -1,0 +1,309 @@
+"""Distillation: a small backbone learns to reproduce the embeddings of large ones, on images without labels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embedkit.backbones import Backbone
+from embedkit.errors import FinetuneError
+from embedkit.extraction import Progress
+from embedkit.extraction.extracting import listed
+from embedkit.finetuning.augmentation import Augmentation
+from embedkit.finetuning.blocks import blocks_of
+from embedkit.finetuning.checkpoints import forget
+from embedkit.finetuning.distributed import World, join_world
+from embedkit.finetuning.feed import Feed
+from embedkit.finetuning.history import History, Moment
+from embedkit.finetuning.mimicry import MIMICRIES, Mimicry, validate_mimicry
+from embedkit.finetuning.ordering import in_steps
+from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.run_folder import RunFolder
+from embedkit.finetuning.saving import save_backbone
+from embedkit.finetuning.students import Student, make_student, with_projection
+from embedkit.finetuning.targets import Targets, build_targets
+from embedkit.finetuning.teachers import common_ids, embed_views, load_teachers
+from embedkit.finetuning.training import train
+from embedkit.finetuning.views import list_views, view_id
+from embedkit.sources import Listing
+from embedkit.store import Store
+from embedkit.text import counted
+
+Rows = npt.NDArray[np.int64]
+Made = TypeVar("Made")
+Watcher = Callable[[str, "Progress | Moment"], None]
+
+MAX_VALIDATION = 2000
+_HELD_OUT, _ORDER = 11, 12  # Each chance has a generator of its own.
+
+log = logging.getLogger("embedkit")
+
+DISTILLING = Recipe(
+    warmup="none", freeze_norm=False, epochs=30, batch_size=64, body_lr=2e-3, head_lr=2e-3, layer_decay=1.0,
+    weight_decay=0.02, metric="cosine", augmentation=Augmentation(hflip=0.5),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a student is to reproduce, and how far it may be from it.
+
+    Parameters
+    ----------
+    views : int, default 1
+        Views of each image that the teachers see, once for all epochs: the whole image, and squares of it drawn by
+        chance. An epoch shows the student one of them, at its own size; the next epoch the next one.
+    smallest_view : float, default 0.3
+        The least share of the largest square in an image that a view shows.
+    width : int, default 512
+        Directions that are kept of each teacher, in the order of their variance.
+    whitening : float, default 0.0
+        0 keeps a teacher's own geometry, 1 makes all of its directions equally loud.
+    distance : {"cosine", "mse"}, default "cosine"
+        What is made small.
+    held_out : float, default 0.02
+        Share of the images that the best epoch is chosen by, and at most 2,000 of them; nothing is learned from them.
+
+    Raises
+    ------
+    FinetuneError
+        When a setting is none of its values.
+    """
+
+    views: int = 1
+    smallest_view: float = 0.3
+    width: int = 512
+    whitening: float = 0.0
+    distance: str = "cosine"
+    held_out: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.distance not in MIMICRIES:
+            raise FinetuneError(f"distance must be one of {', '.join(MIMICRIES)}; got {self.distance!r}")
+        if self.width < 1:
+            raise FinetuneError(f"width must be at least 1; got {self.width!r}")
+        if not 0 <= self.whitening <= 1:
+            raise FinetuneError(f"whitening must be from 0 to 1; got {self.whitening!r}")
+        if not 0 <= self.held_out < 1:
+            raise FinetuneError(f"held_out must be from 0 to below 1; got {self.held_out!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """The images that every teacher could see, their views, and the targets of these."""
+
+    images: Listing
+    views: Listing
+    targets: Targets
+    train: Rows  # Numbers of images.
+    held: Rows
+    stores: Sequence[Store]
+
+    def rows_of(self, epoch: int, recipe: Recipe, world: int) -> list[Rows]:
+        """Return the rows of each batch of an epoch: one view of every image that is learned from."""
+        count = len(self.images.files)
+        view = (epoch - 1) % (len(self.views.files) // count)
+        order = np.random.default_rng([_ORDER, recipe.seed, epoch]).permutation(self.train)
+        return list(in_steps(order + view * count, recipe.batch_size, world))
+
+
+def distill(
+    teachers: str | os.PathLike[str] | Backbone | Sequence[str | os.PathLike[str] | Backbone],
+    student: str | os.PathLike[str] | Backbone,
+    images: Any,
+    output: str | os.PathLike[str],
+    *,
+    settings: Distillation | None = None,
+    recipe: Recipe | None = None,
+    img_size: int | None = None,
+    arch_kwargs: Mapping[str, Any] | None = None,
+    stores: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Watcher | None = None,
+) -> Backbone:
+    """Teach a small backbone to reproduce the embeddings of one or several others, on images without labels.
+
+    The teachers embed the images once, into stores; the student sees the same images at its own size, and a linear map
+    from its embedding to theirs learns with it. That map is dropped at the end. After every epoch the whole state is on
+    disk: the same call, after a kill, ends in the very weights of a run that nobody interrupted.
+
+    Parameters
+    ----------
+    teachers : str, path-like or Backbone, or a sequence of them
+        As `Backbone.load` takes them. Several are combined: each one's embeddings are standardised and count alike.
+    student : str, path-like or Backbone
+        A bare timm architecture begins with random weights; a backbone goes on from what it knows.
+    images : path-like, Listing, sequence, mapping, dataset or iterator
+        As `embedkit.extract` takes them. Classes are not looked at.
+    output : path-like
+        A folder: the student as a backbone, the teachers' stores, ``epochs.csv`` and ``report.json``.
+    settings : Distillation, optional
+        What is reproduced; by default ``Distillation()``.
+    recipe : Recipe, optional
+        How it is learned; by default ``DISTILLING``. Settings of heads and classes mean nothing here.
+    img_size : int, optional
+        Side of the student's crop, in pixels; by default 128 for a new network.
+    arch_kwargs : mapping, optional
+        Keyword arguments of the student's architecture.
+    stores : path-like, optional
+        Folder of the teachers' stores, to be shared between runs; by default ``OUTPUT/teachers``.
+    precision : {"fp32", "fp16"}, default "fp32"
+        Number format of the weight file; the backbone computes in float32 either way.
+    device : str, default "auto"
+        Where teachers and student compute.
+    workers : int, optional
+        Threads that decode; by default one for each usable processor.
+    overwrite : bool, default False
+        Whether another run that is in the folder is replaced. The teachers' stores stay.
+    progress : callable, optional
+        Called with what is being done and how far it is.
+
+    Returns
+    -------
+    Backbone
+        The student, loaded from the folder.
+
+    Raises
+    ------
+    FinetuneError
+        When the folder holds another run, a setting makes no sense, or there are too few images.
+    EmbedkitError
+        Whatever `extract` and `Backbone.load` raise.
+
+    Examples
+    --------
+    >>> student = ek.distill("resnet50.a1_in1k", "mobilenetv3_small_100", "photos/", "runs/small")  # doctest: +SKIP
+    >>> ek.extract("photos/", "small.h5", student)  # doctest: +SKIP
+    """
+    settings, recipe = settings or Distillation(), recipe or DISTILLING
+    folder = RunFolder(output)
+    with join_world(device) as world:
+        listing = listed(images)
+        known = load_teachers(teachers, device=device)
+        pupil = make_student(
+            student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
+            drop_path=recipe.drop_path, device=device,
+        )  # fmt: skip
+        identity = _identity(pupil, known, listing, settings)
+        if world.first:
+            folder.claim(recipe, identity, overwrite=overwrite)
+        world.total(torch.zeros(1))
+        if not folder.finished:
+            views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
+            places = stores or folder.path / "teachers"
+            found = _first_then_all(
+                world, lambda: embed_views(views, known, places, workers=workers, progress=progress)
+            )
+            lesson = _prepare(listing, found, folder, settings, recipe, world)
+            history = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
+            if world.first:
+                _finish(pupil, lesson, folder, settings, recipe, history, precision)
+        world.total(torch.zeros(1))  # Nobody loads what the first process is still writing.
+    return Backbone.load(folder.path, device=device)
+
+
+def _first_then_all(world: World, make: Callable[[], Made]) -> Made:
+    """Have the first process make what all others then find, and return it in all of them."""
+    found = make() if world.first else None
+    world.total(torch.zeros(1))
+    return make() if found is None else found
+
+
+def _identity(
+    student: Student, teachers: Sequence[Backbone], listing: Listing, settings: Distillation
+) -> dict[str, Any]:
+    """Return what decides the student's weights beside the recipe."""
+    images = hashlib.sha256()
+    for file in listing.files:
+        images.update(f"{file.id}\0{file.status()[0]}\n".encode("utf-8", "surrogateescape"))
+    return {
+        "student": student.spec.digest,
+        "teachers": [teacher.spec.digest for teacher in teachers],
+        "images": images.hexdigest(),
+        "distillation": asdict(settings),
+    }
+
+
+def _prepare(
+    listing: Listing, stores: Sequence[Store], folder: RunFolder, settings: Distillation, recipe: Recipe, world: World
+) -> _Lesson:
+    """Find the images that all teachers embedded, make their targets, and hold some of them out."""
+    names = [os.fsencode(file.id) for file in listing.files]
+    every = [[os.fsencode(view_id(os.fsdecode(name), view)) for name in names] for view in range(settings.views)]
+    ids = np.array(names if settings.views == 1 else every).reshape(settings.views, -1)
+    embedded = np.isin(ids, common_ids(stores)).all(axis=0)
+    kept = np.flatnonzero(embedded)
+    if len(kept) < len(names):
+        log.warning(
+            "%s cannot be learned from: a teacher could not read them", counted(len(names) - len(kept), "image")
+        )
+    images = replace(listing, files=[listing.files[number] for number in kept.tolist()])
+    path = folder.path / "state" / "targets.npy"
+    targets = _first_then_all(world, lambda: build_targets(
+        stores, ids[:, kept].reshape(-1), path, width=settings.width, whitening=settings.whitening, seed=recipe.seed,
+    ))  # fmt: skip
+    order = np.random.default_rng([_HELD_OUT, recipe.seed]).permutation(len(kept))
+    held = min(MAX_VALIDATION, round(settings.held_out * len(kept)))
+    if len(kept) - held < 2:
+        raise FinetuneError(f"{counted(len(kept), 'image')} of {listing.root} are too few to learn from")
+    views = list_views(images, settings.views, settings.smallest_view, recipe.seed)
+    return _Lesson(images, views, targets, np.sort(order[held:]), np.sort(order[:held]), stores)
+
+
+def _teach(
+    student: Student, lesson: _Lesson, folder: RunFolder, settings: Distillation, recipe: Recipe,
+    identity: Mapping[str, Any], world: World, workers: int | None, progress: Watcher | None,
+) -> History:  # fmt: skip
+    """Train the student, and leave the best epoch's weights in it."""
+    targets, pixels = lesson.targets, student.spec.preprocessing
+    trainee = with_projection(student, sum(targets.widths), freeze_norm=recipe.freeze_norm, seed=recipe.seed)
+    feed = Feed(
+        lesson.views.files, None, pixels, recipe, workers=workers, rank=world.rank, world=world.size,
+        targets=lambda rows, epoch: targets.rows(rows),
+        batches=lambda epoch: lesson.rows_of(epoch, recipe, world.size),
+    )  # fmt: skip
+    validate = None
+    if len(lesson.held):
+        files = [lesson.images.files[number] for number in lesson.held.tolist()]
+        held = Feed(files, None, pixels, recipe, workers=workers, rank=world.rank, world=world.size)
+
+        def validate(trainee: Any) -> dict[str, float]:
+            return validate_mimicry(
+                trainee, held, lambda rows: targets.rows(lesson.held[rows]), targets.widths, world=world
+            )
+
+    return train(
+        trainee, feed, recipe, folder.path, blocks=blocks_of(trainee), validate=validate, world=world,
+        identity={**identity, "stores": [store.content_id for store in lesson.stores]},
+        criterion=Mimicry(targets.widths, settings.distance),
+        progress=None if progress is None else lambda moment: progress("training", moment),
+    )  # fmt: skip
+
+
+def _finish(
+    student: Student, lesson: _Lesson, folder: RunFolder, settings: Distillation, recipe: Recipe, history: History,
+    precision: str,
+) -> None:  # fmt: skip
+    """Write the backbone and the report, and remove what a resumed run would have needed."""
+    best = history.best
+    metrics = dict(best.metrics) if best else {}
+    save_backbone(
+        folder.path, student.network, student.spec, parents=[store.spec for store in lesson.stores],
+        recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics,
+        information={"images": len(lesson.images.files), "best_epoch": history.best_epoch}, precision=precision,
+    )  # fmt: skip
+    folder.write_report({"metrics": metrics, "history": history.to_dict()}, "")
+    forget(folder.path)
+    Path(folder.path, "state", "targets.npy").unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""Mimicry: how far a student is from what its teachers say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from embedkit.errors import FinetuneError
+from embedkit.finetuning.distributed import World
+from embedkit.finetuning.losses import Answers
+from embedkit.finetuning.validation import outputs_of
+
+if TYPE_CHECKING:
+    from embedkit.finetuning.feed import Feed
+    from embedkit.finetuning.trainee import Trainee
+
+MIMICRIES = ("cosine", "mse")
+
+
+class Mimicry(nn.Module):
+    """The distance between a student's projected embeddings and the targets, averaged over the teachers.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        How many of the targets' columns belong to each teacher.
+    kind : {"cosine", "mse"}, default "cosine"
+        One minus the cosine, which leaves lengths free; or the mean squared error, of targets whose variance is 1.
+
+    Raises
+    ------
+    FinetuneError
+        When there is no such distance.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> from embedkit.finetuning.mimicry import Mimicry
+    >>> batch = SimpleNamespace(codes=torch.zeros(2), targets=torch.eye(2))
+    >>> round(float(Mimicry([2])(torch.eye(2) * 3, torch.zeros(2, 8), batch)), 6)
+    0.0
+    """
+
+    def __init__(self, widths: Sequence[int], kind: str = "cosine") -> None:
+        super().__init__()
+        if kind not in MIMICRIES:
+            raise FinetuneError(f"there is no distance {kind!r} of a student; choose one of {', '.join(MIMICRIES)}")
+        self.widths, self.kind = tuple(widths), kind
+
+    def forward(self, outputs: Tensor, embeddings: Tensor, batch: Answers) -> Tensor:
+        """Return the mean distance () of outputs (b, d) from the batch's targets (b, d)."""
+        assert batch.targets is not None
+        pairs = zip(_parts(outputs, self.widths), _parts(batch.targets, self.widths), strict=True)
+        if self.kind == "mse":
+            distances = [(found - wanted).square().mean(1) for found, wanted in pairs]
+        else:
+            distances = [1 - nn.functional.cosine_similarity(found, wanted, dim=1) for found, wanted in pairs]
+        return torch.stack(distances).mean(0).sum() / max(1, len(outputs))
+
+
+@torch.no_grad()
+def validate_mimicry(
+    trainee: Trainee,
+    feed: Feed,
+    targets: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
+    widths: Sequence[int],
+    *,
+    world: World | None = None,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:
+    """Return how well a student reproduces its teachers' embeddings of images that it does not learn from.
+
+    Parameters
+    ----------
+    trainee : Trainee
+        In evaluation mode.
+    feed : Feed
+        Its `validation` gives the images, plain.
+    targets : callable
+        Takes the feed's rows of shape (b,) and returns their targets of shape (b, d).
+    widths : sequence of int
+        How many of the d belong to each teacher.
+    world : World, optional
+        The processes; by default this one alone.
+    context : callable
+        Opens the precision that the network computes in.
+
+    Returns
+    -------
+    dict of str to float
+        ``cosine``, the mean over images and teachers; with several teachers ``cosine_1``, ``cosine_2`` and so on, of
+        each; and ``loss``, the mean squared error. Empty when there are no such images.
+    """
+    device = next(trainee.parameters()).device
+    sums = torch.zeros(2 * len(widths) + 1, dtype=torch.float64, device=device)
+    for batch in feed.validation():
+        outputs = outputs_of(trainee, batch, context)  # (b, d)
+        wanted = torch.from_numpy(targets(batch.rows.cpu().numpy())).to(device)
+        pairs = list(zip(_parts(outputs, widths), _parts(wanted, widths), strict=True))
+        cosines = [nn.functional.cosine_similarity(*pair, dim=1).sum() for pair in pairs]
+        errors = [(found - hit).square().mean(1).sum() for found, hit in pairs]
+        sums += torch.stack([*cosines, *errors, outputs.new_tensor(len(outputs))]).double()
+    *values, count = (world or World()).total(sums).tolist()
+    if not count:
+        return {}
+    means = [value / count for value in values]
+    cosines_, errors_ = means[: len(widths)], means[len(widths) :]
+    each = {f"cosine_{number}": value for number, value in enumerate(cosines_, 1)} if len(widths) > 1 else {}
+    return {"cosine": sum(cosines_) / len(widths), **each, "loss": sum(errors_) / len(widths)}
+
+
+def _parts(values: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return the columns of each teacher."""
+    return torch.split(values, list(widths), dim=1)

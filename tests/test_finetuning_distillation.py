@@ -1,0 +1,189 @@
+"""Distillation: a student that comes closer to its teachers, and goes on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import embedkit as ek
+from embedkit.errors import FinetuneError
+from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
+from embedkit.finetuning.recipe import Recipe
+from tests.conftest import write_photos
+
+SHORT = replace(DISTILLING, epochs=3, batch_size=8)
+SETTINGS = Distillation(held_out=0.2, width=16)
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "epochs.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_backbone: Path, other_backbone: Path) -> Path:
+    """A run of two teachers and two views."""
+    folder = tmp_path_factory.mktemp("distillation") / "run"
+    distill(
+        [tiny_backbone, other_backbone], "test_resnet", photos, folder, recipe=SHORT,
+        settings=replace(SETTINGS, views=2), img_size=32,
+    )  # fmt: skip
+    return folder
+
+
+def test_a_student_comes_closer_to_its_teachers(taught: Path) -> None:
+    rows = rows_of(taught)
+    assert len(rows) == 3
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["val_cosine"] > rows[0]["val_cosine"]
+    assert rows[-1]["val_cosine"] == pytest.approx((rows[-1]["val_cosine_1"] + rows[-1]["val_cosine_2"]) / 2)
+
+
+def test_the_folder_is_a_backbone_that_says_where_it_comes_from(
+    taught: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    backbone = ek.Backbone.load(taught)
+    assert backbone.preprocessing.img_size == (32, 32)
+    assert backbone.preprocessing.mean == ek.Backbone.load(tiny_backbone).preprocessing.mean
+    assert backbone.embed(photos / "cat" / "1.jpg").shape == (backbone.dim,)
+    said = json.loads((taught / "backbone.json").read_text())
+    assert len(said["parents"]) == 2
+    assert said["recipe"]["distillation"]["views"] == 2
+    assert said["metrics"]["cosine"] == max(row["val_cosine"] for row in rows_of(taught))
+    assert not (taught / "state").exists()
+
+
+def test_teachers_are_asked_once_for_all_students(
+    taught: Path, tmp_path: Path, photos: Path, tiny_backbone: Path, other_backbone: Path
+) -> None:
+    stores = sorted((taught / "teachers").glob("*.h5"))
+    made = [path.stat().st_mtime_ns for path in stores]
+    assert [len(ek.Store.open(path)) for path in stores] == [48, 48]
+    distill(
+        [tiny_backbone, other_backbone], "test_resnet", photos, tmp_path / "run", recipe=replace(SHORT, epochs=1),
+        settings=replace(SETTINGS, views=2), img_size=32, stores=taught / "teachers",
+    )  # fmt: skip
+    assert [path.stat().st_mtime_ns for path in stores] == made
+
+
+def test_a_finished_run_is_returned_and_another_one_refused(
+    taught: Path, photos: Path, tiny_backbone: Path, other_backbone: Path
+) -> None:
+    weights = (taught / "model.safetensors").stat().st_mtime_ns
+    teachers, settings = [tiny_backbone, other_backbone], replace(SETTINGS, views=2)
+    same = distill(teachers, "test_resnet", photos, taught, recipe=SHORT, settings=settings, img_size=32)
+    assert same.spec == ek.Backbone.load(taught).spec
+    assert (taught / "model.safetensors").stat().st_mtime_ns == weights
+    with pytest.raises(FinetuneError, match="body_lr"):
+        distill(
+            teachers, "test_resnet", photos, taught, recipe=replace(SHORT, body_lr=0.5), settings=settings, img_size=32
+        )
+    with pytest.raises(FinetuneError, match="student"):
+        distill(teachers, "test_resnet", photos, taught, recipe=SHORT, settings=settings, img_size=48)
+
+
+def test_a_backbone_goes_on_from_what_it_knows(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    frozen = replace(SHORT, epochs=1, body_lr=0.0, freeze_norm=True)
+    before = ek.Backbone.load(tiny_backbone, img_size=48)
+    after = distill(tiny_backbone, before, photos, tmp_path / "run", recipe=frozen, settings=SETTINGS)
+    assert after.spec.weights_sha256 == before.spec.weights_sha256
+    assert after.preprocessing == before.preprocessing
+
+
+def test_images_that_a_teacher_cannot_read_are_left_out_and_said(
+    tmp_path: Path, tiny_backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = write_photos(tmp_path / "photos", per_class=6)
+    (photos / "cat" / "broken.jpg").write_bytes(b"no image")
+    with caplog.at_level(logging.WARNING, "embedkit"):
+        distill(
+            tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=replace(SHORT, epochs=1), settings=SETTINGS,
+            img_size=32,
+        )  # fmt: skip
+    assert "1 image cannot be learned from" in caplog.text
+    assert rows_of(tmp_path / "run")[0]["images"] == 10  # Of 12, a fifth is held out.
+
+
+def test_a_file_in_half_precision_loads_as_float32(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    recipe = replace(SHORT, epochs=1)
+    for precision in ("fp32", "fp16"):
+        distill(
+            tiny_backbone, "test_resnet", photos, tmp_path / precision, recipe=recipe, settings=SETTINGS, img_size=32,
+            precision=precision,
+        )  # fmt: skip
+    full, half = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "fp16"))
+    assert {value.dtype for value in half.values() if value.is_floating_point()} == {torch.float16}
+    image = photos / "cat" / "1.jpg"
+    left, right = (ek.Backbone.load(tmp_path / name).embed(image) for name in ("fp32", "fp16"))
+    assert right.dtype == np.float32
+    assert right == pytest.approx(left, rel=0.02, abs=0.02)
+    assert full.keys() == half.keys()
+
+
+@pytest.mark.parametrize(
+    "values", [{"distance": "manhattan"}, {"width": 0}, {"whitening": 2.0}, {"held_out": 1.0}, {"views": 0}]
+)
+def test_settings_that_make_no_sense_are_refused(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, values: dict[str, object]
+) -> None:
+    with pytest.raises(FinetuneError, match=next(iter(values))):
+        distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", settings=Distillation(**values))  # type: ignore[arg-type]
+
+
+def test_teachers_are_several_different_ones(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    with pytest.raises(FinetuneError, match="named twice"):
+        distill([tiny_backbone, tiny_backbone], "test_resnet", photos, tmp_path / "run")
+    with pytest.raises(FinetuneError, match="needs a teacher"):
+        distill([], "test_resnet", photos, tmp_path / "run")
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+import os, signal
+import torch
+torch.set_num_threads(1)
+from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
+teacher, photos, folder, deadly = sys.argv[1:]
+
+def watch(what, state):
+    if what == "training" and deadly == "yes" and (state.epoch, state.images) >= (3, 8):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+distill(
+    teacher, "test_resnet", photos, folder, recipe=replace(DISTILLING, epochs=4, batch_size=8),
+    settings=Distillation(held_out=0.2, width=16, views=2), img_size=32, progress=watch, workers=1,
+)
+"""
+
+
+def test_a_killed_run_ends_in_the_weights_of_one_that_nobody_interrupted(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    def run(folder: str, deadly: str) -> int:
+        arguments = [str(tiny_backbone), str(photos), str(tmp_path / folder), deadly]
+        return subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=300).returncode
+
+    assert run("whole", "no") == 0
+    assert run("broken", "yes") == -signal.SIGKILL
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    assert run("broken", "no") == 0
+    whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert len(rows_of(tmp_path / "broken")) == 4
+
+
+def test_the_default_recipe_learns_everything() -> None:
+    assert isinstance(DISTILLING, Recipe)
+    assert (DISTILLING.layer_decay, DISTILLING.freeze_norm, DISTILLING.unfreeze) == (1.0, False, "all")

@@ -47,15 +47,16 @@ def make_layers(head: str, width: int, classes: int, *, seed: int = 0) -> nn.Mod
     12848133
     """
     hidden = hidden_units(head)
-    generator = torch.Generator().manual_seed(seed)
-    last = nn.Linear(hidden or width, classes)
-    nn.init.normal_(last.weight, std=_DEVIATION, generator=generator)
-    nn.init.zeros_(last.bias)
-    if not hidden:
-        return last
-    first = nn.Linear(width, hidden)
-    nn.init.kaiming_uniform_(first.weight, nonlinearity="relu", generator=generator)
-    nn.init.zeros_(first.bias)
+    with torch.random.fork_rng(devices=[]):  # The process's own numbers are not used up.
+        torch.manual_seed(seed)
+        last = nn.Linear(hidden or width, classes)
+        nn.init.normal_(last.weight, std=_DEVIATION)
+        nn.init.zeros_(last.bias)
+        if not hidden:
+            return last
+        first = nn.Linear(width, hidden)
+        nn.init.kaiming_uniform_(first.weight, nonlinearity="relu")
+        nn.init.zeros_(first.bias)
     return nn.Sequential(first, nn.ReLU(), last)
 
 

@@ -100,14 +100,12 @@ class BeforeAfter:
         rose = [change.name for change in self.changes if change.real and change.difference > 0]
         fell = [change.name for change in self.changes if change.real and change.difference < 0]
         same = [change.name for change in self.changes if not change.real]
+        found = [f"{', '.join(names)} {what}" for names, what in ((rose, "rose"), (fell, "fell")) if names]
         rest = f"; {', '.join(same)}: no difference larger than chance" if same else ""
-        if rose and not fell:
-            return f"fine-tuning helped: {', '.join(rose)} rose{rest}"
-        if fell and not rose:
-            return f"fine-tuning did harm: {', '.join(fell)} fell{rest}"
-        if rose:
-            return f"fine-tuning helped in part: {', '.join(rose)} rose, {', '.join(fell)} fell{rest}"
-        return f"fine-tuning did not help: of {', '.join(same)}, none differs by more than chance"
+        if not found:
+            return f"fine-tuning did not help: of {', '.join(same)}, none differs by more than chance"
+        how = "did harm" if not rose else "helped in part" if fell or same else "helped"
+        return f"fine-tuning {how}: {', '.join(found)}{rest}"
 
     @property
     def caveat(self) -> str:

@@ -65,15 +65,16 @@ class RunFolder:
             When the folder holds another run, naming the settings that differ, or something else than a run.
         """
         wanted = {"identity": dict(identity), "recipe": recipe.to_dict()}
-        if overwrite:
-            self._clear()
-        if self.recipe.exists():
+        ours = self.recipe.is_file()
+        if ours and not overwrite:
             self._require_same(wanted)
             return
-        strange = [name for name in self._names() if not name.startswith(".")]
-        if strange:
+        if ours:
+            self._clear()
+        strange = sorted(name for name in self._names() if not name.startswith("."))
+        if strange and not ours:
             raise FinetuneError(
-                f"{self.path} holds something else than a run, such as {sorted(strange)[0]!r}; name another folder"
+                f"{self.path} holds something else than a run, such as {strange[0]!r}; name another folder"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "version": VERSION, **wanted}, indent=1)
@@ -106,8 +107,6 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove a run, and nothing that is none."""
-        if not self.recipe.is_file():
-            return
         _read(self.recipe)
         for name in _FOLDERS:
             if (self.path / name).is_dir() and not (self.path / name).is_symlink():

@@ -1,0 +1,218 @@
+"""Fine-tuning from images to report, with a small network and generated pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import embedkit as ek
+from embedkit.errors import EvaluationError, FinetuneError, SpecMismatchError
+from embedkit.finetuning import Augmentation, Recipe
+from embedkit.heads import load_head
+
+RECIPE = Recipe(epochs=2, batch_size=8, augmentation=Augmentation(hflip=0.5))
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Path) -> ek.Backbone:
+    return ek.Backbone.load(tiny_backbone, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, backbone: ek.Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "pets"
+    ek.finetune(photos, backbone, folder, recipe=RECIPE, workers=2)
+    return folder
+
+
+def test_a_run_leaves_a_backbone_a_head_stores_and_a_report(run: Path, backbone: ek.Backbone, photos: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"backbone.json", "model.safetensors", "head", "recipe.json", "split.csv", "epochs.csv"}
+    assert names >= {"before.h5", "after.h5", "report.json", "report.html"} and "state" not in names
+    adapted = ek.Backbone.load(run, device="cpu")
+    assert adapted.spec.weights_sha256 != backbone.spec.weights_sha256
+    assert adapted.preprocessing == backbone.preprocessing
+    after = ek.Store.open(run / "after.h5")
+    assert after.spec == adapted.spec and len(after) == 24
+    picture = photos / after.ids[0]
+    assert np.allclose(adapted.embed(picture), after.embeddings[0], atol=1e-4)
+    with open(run / "epochs.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_the_new_store_descends_from_the_old_one(run: Path) -> None:
+    before, after = ek.Store.open(run / "before.h5"), ek.Store.open(run / "after.h5")
+    parent = after.information["parent"]
+    assert parent["content_id"] == before.content_id and parent["digest"] == before.digest
+    assert "parent" not in before.information
+    sidecar = json.loads((run / "backbone.json").read_text())
+    assert sidecar["parents"][0]["digest"] == before.digest and sidecar["classes"] == ["cat", "dog"]
+    assert Recipe.from_dict(sidecar["recipe"]) == RECIPE
+
+
+def test_the_report_agrees_with_what_lies_beside_it(run: Path) -> None:
+    values = json.loads((run / "report.json").read_text())
+    names = [change["name"] for change in values["comparison"]["changes"]]
+    assert names == ["classifier", "linear probe", "k-NN", "recall@1", "mAP@R"]
+    assert values["comparison"]["chosen_on"] and values["images"]["val"]["images"] == 4
+    head, after = load_head(run / "head"), ek.Store.open(run / "after.h5")
+    with open(run / "split.csv", newline="") as file:
+        val = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    x = after.rows(ids=[row["path"] for row in val])
+    right = [head.classes[code] == row["label"] for code, row in zip(head.estimator.predict(x), val, strict=True)]
+    assert values["after"]["top1"] == np.mean(right)
+    assert values["history"]["epochs"][-1]["metrics"]["top1"] <= values["after"]["top1"]
+    assert values["warmup"]["warm-up"] == "probe" and values["seconds"].keys() >= {"embedding", "training"}
+
+
+def test_the_saved_head_predicts_images_by_the_adapted_backbone(run: Path, photos: Path) -> None:
+    found = list(ek.predict(run / "head", photos, device="cpu"))
+    assert len(found) == 24 and all(one.labels[0] == one.id.partition("/")[0] for one in found)
+
+
+def test_a_finished_run_is_not_repeated(run: Path, photos: Path, backbone: ek.Backbone) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    again = ek.finetune(photos, backbone, run, recipe=RECIPE, workers=2)
+    assert again.spec == ek.Store.open(run / "after.h5").spec
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_run_in_the_folder_is_refused_by_its_differences(
+    run: Path, photos: Path, backbone: ek.Backbone
+) -> None:
+    with pytest.raises(FinetuneError, match=r"recipe.body_lr: 0.0001 there, 0.5 now"):
+        ek.finetune(
+            photos, backbone, run, recipe=Recipe(epochs=2, batch_size=8, augmentation=RECIPE.augmentation, body_lr=0.5)
+        )
+    with pytest.raises(FinetuneError, match=r"identity.images"):
+        ek.finetune(photos, backbone, run, recipe=RECIPE, split=_split(run.parent / "s.csv", photos))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FinetuneError, match=r"something else than a run, such as 'thesis.tex'"):
+            ek.finetune(photos, backbone, tmp_path, recipe=RECIPE, overwrite=overwrite)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(
+    run: Path, tmp_path: Path, photos: Path, backbone: ek.Backbone
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    recipe = Recipe(epochs=0)
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, overwrite=True, reextract=False)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "after.h5").exists()
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["recipe"]["epochs"] == 0
+
+
+def test_warm_up_alone_changes_no_weight_of_the_body(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    recipe = Recipe(epochs=2, batch_size=8, unfreeze="none")
+    adapted = ek.finetune(photos, backbone, tmp_path / "frozen", recipe=recipe)
+    assert adapted.spec.weights_sha256 == backbone.spec.weights_sha256
+    values = json.loads((tmp_path / "frozen" / "report.json").read_text())
+    changes = {change["name"]: change for change in values["comparison"]["changes"]}
+    assert changes["linear probe"]["difference"] == changes["mAP@R"]["difference"] == 0
+
+
+def _split(path: Path, photos: Path) -> Path:
+    """Write a split of three parts."""
+    parts = ["train"] * 8 + ["val"] * 2 + ["test"] * 2
+    rows = [f"{kind}/{n}.jpg,{parts[n - 1]}" for kind in ("cat", "dog") for n in range(1, 13)]
+    path.write_text("\n".join(["path,split", *rows]) + "\n")
+    return path
+
+
+def test_a_given_store_is_used_and_a_third_part_is_compared_on(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, other_backbone: Path
+) -> None:
+    store = ek.extract(photos, tmp_path / "photos.h5", backbone)
+    split = _split(tmp_path / "split.csv", photos)
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, split=split, store=store)
+    assert not (tmp_path / "run" / "before.h5").exists()
+    assert ek.Store.open(tmp_path / "run" / "after.h5").information["parent"]["content_id"] == store.content_id
+    found = json.loads((tmp_path / "run" / "report.json").read_text())["comparison"]
+    assert found["part"] == "test" and not found["chosen_on"] and found["changes"][0]["rows"] == 4
+    stranger = ek.extract(photos, tmp_path / "other.h5", ek.Backbone.load(other_backbone, device="cpu"))
+    with pytest.raises(SpecMismatchError, match="was not made by this backbone"):
+        ek.finetune(photos, backbone, tmp_path / "a", recipe=RECIPE, split=split, store=stranger)
+    few = store.select(tmp_path / "few.h5", range(20))
+    with pytest.raises(EvaluationError, match="lacks 4 images"):
+        ek.finetune(photos, backbone, tmp_path / "b", recipe=RECIPE, split=split, store=few)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for id in ("cat/3.jpg", "dog/7.jpg"):
+        (tmp_path / "photos" / id).write_bytes(b"no picture")
+    ek.finetune(tmp_path / "photos", backbone, tmp_path / "run", recipe=RECIPE)
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [line.partition(":")[0] for line in values["failures"]] == ["cat/3.jpg", "dog/7.jpg"]
+    parts = values["images"]
+    assert parts["train"]["images"] + parts["val"]["images"] == 22
+    assert len(ek.Store.open(tmp_path / "run" / "after.h5")) == 22
+
+
+def test_progress_names_the_stages(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    seen: dict[str, list[float]] = {}
+
+    def watch(stage: str, state: object) -> None:
+        seen.setdefault(stage, []).append(getattr(state, "done", None) or getattr(state, "images", 0))
+
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, progress=watch)
+    assert list(seen) == ["embedding", "training", "embedding again"]
+    assert seen["embedding"][-1] == seen["embedding again"][-1] == 24 and seen["training"][-1] == 20
+
+
+def test_from_scratch_needs_no_embeddings_unless_they_are_compared(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone
+) -> None:
+    recipe = Recipe(epochs=1, batch_size=8, from_scratch=True, head="mlp:8")
+    adapted = ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, reextract=False)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not names & {"before.h5", "after.h5"} and "head" in names
+    assert adapted.spec.weights_sha256 != backbone.spec.weights_sha256
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["comparison"] is None
+
+
+def test_a_killed_run_ends_in_the_weights_of_one_that_was_not(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    def command(folder: str) -> list[str]:
+        return [
+            sys.executable, "-m", "embedkit", "finetune", str(photos), "-m", str(tiny_backbone), "-o",
+            str(tmp_path / folder), "--epochs", "6", "-b", "4", "--augment", "medium", "--device", "cpu",
+        ]  # fmt: skip
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "killed" / "epochs.csv").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (tmp_path / "killed" / "report.json").exists()
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    left, right = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed"))
+    assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+    stores = [ek.Store.open(tmp_path / folder / "after.h5").content_id for folder in ("whole", "killed")]
+    assert stores[0] == stores[1]
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("whole", "killed")]
+    assert reports[0]["comparison"] == reports[1]["comparison"] and reports[0]["warmup"] == reports[1]["warmup"]

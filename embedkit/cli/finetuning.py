@@ -214,7 +214,7 @@ def finetune(
         raise click.UsageError("name the images: a folder with a folder for each class, or a table")
     if output is None and not dry_run and show_augment is None:
         raise click.UsageError("name the folder of the run with -o DIR")
-    quiet = quiet or _follows()
+    quiet = quiet or follows()
     recipe = recipe_of(choices)
     splits = {name: choices.pop(name) for name in ("split", "train_split", "val_split", "test_split")}
     others = {name: choices.pop(name) for name in ("reextract", "tensorboard", "wandb", "wandb_offline", "overwrite")}
@@ -234,11 +234,11 @@ def finetune(
             listing, backbone, output, recipe=recipe, store=store, workers=workers, progress=bars.update, **splits,
             **others,
         )  # fmt: skip
-    if not _follows():
+    if not follows():
         ctx.exit(_print_report(output, as_json=as_json, quiet=quiet))
 
 
-def _follows() -> bool:
+def follows() -> bool:
     """Return whether torchrun started this process beside one that speaks."""
     if int(os.environ.get("RANK", "0")) == 0:
         return False

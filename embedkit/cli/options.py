@@ -206,6 +206,7 @@ _SOURCE_OPTIONS = {
 }  # fmt: skip
 
 NAMES = _Names()
+KEY_VALUE = _KeyValue()
 NUMBERS = _Numbers(int)
 COUNT_OR_SHARE = _CountOrShare()
 

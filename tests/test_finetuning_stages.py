@@ -120,6 +120,26 @@ def test_overwrite_replaces_a_run_and_nothing_else(
     assert json.loads((tmp_path / "run" / "report.json").read_text())["recipe"]["epochs"] == 0
 
 
+def test_overwrite_goes_on_with_this_very_run(run: Path, tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()  # As if it had been killed before.
+    kept = (tmp_path / "run" / "before.h5").stat().st_mtime_ns
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, overwrite=True)
+    assert (tmp_path / "run" / "before.h5").stat().st_mtime_ns == kept
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, overwrite=True)
+    assert (tmp_path / "run" / "before.h5").stat().st_mtime_ns != kept
+
+
+def test_damaged_descriptions_are_named(run: Path, tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    for text in ("{", "[1]", '{"format": "other", "version": 1}'):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(run, tmp_path / "run")
+        (tmp_path / "run" / "recipe.json").write_text(text)
+        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes"):
+            ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, overwrite=True)
+        assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_warm_up_alone_changes_no_weight_of_the_body(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
     recipe = Recipe(epochs=2, batch_size=8, unfreeze="none")
     adapted = ek.finetune(photos, backbone, tmp_path / "frozen", recipe=recipe)

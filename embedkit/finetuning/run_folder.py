@@ -66,10 +66,12 @@ class RunFolder:
         """
         wanted = {"identity": dict(identity), "recipe": recipe.to_dict()}
         ours = self.recipe.is_file()
-        if ours and not overwrite:
-            self._require_same(wanted)
-            return
         if ours:
+            differing = self._differences(wanted)
+            if not overwrite:
+                self._refuse(differing)
+            if not differing and not (overwrite and self.finished):
+                return  # This very run, which goes on.
             self._clear()
         strange = sorted(name for name in self._names() if not name.startswith("."))
         if strange and not ours:
@@ -92,22 +94,28 @@ class RunFolder:
     def _names(self) -> list[str]:
         return os.listdir(self.path) if self.path.is_dir() else []
 
-    def _require_same(self, wanted: Mapping[str, Any]) -> None:
+    def _differences(self, wanted: Mapping[str, Any]) -> list[str]:
+        """Return lines that say what is otherwise in the run that lies here."""
         found = _read(self.recipe)
         left, right = (flat({name: one.get(name) or {} for name in wanted}) for one in (found, wanted))
-        differing = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
-        if differing:
-            lines = [f"\n  {name}: {left.get(name)!r} there, {right.get(name)!r} now" for name in differing[:SHOWN]]
-            more = f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-            state = "a finished run" if self.finished else "an unfinished run"
-            raise FinetuneError(
-                f"{self.path} holds {state} of other settings; name another folder, or replace it with --overwrite; "
-                f"these differ:{''.join(lines)}{more}"
-            )
+        return [
+            f"\n  {name}: {left.get(name)!r} there, {right.get(name)!r} now"
+            for name in sorted(left.keys() | right.keys())
+            if left.get(name) != right.get(name)
+        ]
+
+    def _refuse(self, differing: list[str]) -> None:
+        if not differing:
+            return
+        more = f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        state = "a finished run" if self.finished else "an unfinished run"
+        raise FinetuneError(
+            f"{self.path} holds {state} of other settings; name another folder, or replace it with --overwrite; "
+            f"these differ:{''.join(differing[:SHOWN])}{more}"
+        )
 
     def _clear(self) -> None:
         """Remove a run, and nothing that is none."""
-        _read(self.recipe)
         for name in _FOLDERS:
             if (self.path / name).is_dir() and not (self.path / name).is_symlink():
                 shutil.rmtree(self.path / name)

@@ -99,7 +99,7 @@ def finetune(
     wandb_offline : bool, default False
         Whether they are kept for ``wandb sync`` instead of being sent.
     overwrite : bool, default False
-        Whether another run in the folder is replaced.
+        Whether another run in the folder, or this one when it is finished, is replaced.
     progress : callable, optional
         Called with the name of a stage, and a `Progress` of embedding or a `Moment` of training.
 

@@ -42,7 +42,7 @@ h1, h2, h3, h4, td, th, p, figcaption { overflow-wrap: anywhere; }
 .soft, small, figcaption { opacity: .75; font-size: .85rem; } small { display: block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; font-size: .85rem; } .n { text-align: right; }
+th { font-weight: 600; font-size: .85rem; } .n { text-align: right; white-space: nowrap; }
 .best { font-weight: 700; } .mark { opacity: .75; font-weight: 400; font-size: .8rem; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 .beside { display: flex; flex-wrap: wrap; gap: 0 3rem; } section { max-width: 100%; }

@@ -155,7 +155,7 @@ def _curves(history: History, recipe: Recipe) -> str:
     losses = [Line("training loss", [(row.epoch, row.loss) for row in rows], 0)]
     losses += _metric_lines(rows, ["loss"], first=1)
     metrics = [one for one in rows[-1].metrics if one != "loss"]
-    charts = [_figure("loss: training (0), validation (1)", losses, "loss", best)]
+    charts = [_figure("loss", losses, "loss", best)]
     if metrics:
         charts.append(_figure("validation", _metric_lines(rows, metrics, first=2), "share", best))
     rates = [

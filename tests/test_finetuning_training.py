@@ -1,13 +1,14 @@
 """The training loop, on a small network and generated pictures.
 
-As a script, ``test_finetuning_training.py BACKBONE PHOTOS FOLDER JSON`` trains once: what the tests of killed and of
-several processes start.
+As a script, ``test_finetuning_training.py BACKBONE PHOTOS [FOLDER CHANGES]`` is what test_finetuning_processes.py
+starts and kills.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -56,11 +57,18 @@ class World:
         return Feed(entries, self.codes[list(rows)], self.backbone.preprocessing, recipe, workers=2, **settings)
 
     def train(
-        self, folder: Path, recipe: Recipe = RECIPE, trainee: Trainee | None = None, **settings: Any
+        self,
+        folder: Path,
+        recipe: Recipe = RECIPE,
+        trainee: Trainee | None = None,
+        share: dict[str, int] | None = None,
+        **settings: Any,
     ) -> tuple[Trainee, History]:
         trainee = trainee or self.trainee(recipe)
         settings = {"validation": self.feed(recipe, 1), "identity": IDENTITY, "criterion": CrossEntropy()} | settings
-        history = train(trainee, self.feed(recipe, 0), recipe, folder, blocks=blocks_of(trainee), **settings)
+        history = train(
+            trainee, self.feed(recipe, 0, **(share or {})), recipe, folder, blocks=blocks_of(trainee), **settings
+        )
         return trainee, history
 
 
@@ -344,20 +352,37 @@ def vit_world(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> World:
     return World(path, photos)
 
 
-def main(backbone: str, photos: str, folder: str, changes: str) -> None:
-    """Train once, in as many processes as torchrun started, and say each epoch."""
-    recipe = replace(RECIPE, **json.loads(changes))
-    torch.set_num_threads(1)
-    world = World(Path(backbone), Path(photos))
+def train_once(world: World, folder: Path, changes: dict[str, Any]) -> None:
+    """Train in as many processes as torchrun started, and say each update."""
+    narrow = changes.pop("narrow", None)
+    recipe = replace(RECIPE, **changes)
     trainee = world.trainee(recipe)
     with join_world() as processes:
+        if narrow is not None:
+            trainee.head = Narrow(trainee.head, 1 if processes.rank == narrow else 100, ERRORS[0])
         share = {"rank": processes.rank, "world": processes.size}
-        train(
-            trainee, world.feed(recipe, 0, **share), recipe, folder, blocks=blocks_of(trainee), world=processes,
-            criterion=CrossEntropy(), validation=world.feed(recipe, 1, **share), identity=IDENTITY,
+        _, history = world.train(
+            folder, recipe, trainee, share, world=processes, validation=world.feed(recipe, 1, **share),
             progress=lambda moment: print(moment.epoch, moment.images, flush=True),
         )  # fmt: skip
-        save_file(trainee.state_dict(), Path(folder) / f"end-{processes.rank}.safetensors")
+        end = {name: value.contiguous() for name, value in trainee.state_dict().items()}
+        save_file(end, folder / f"end-{processes.rank}.safetensors")
+        (folder / f"history-{processes.rank}.json").write_text(json.dumps(history.to_dict()))
+
+
+def main(backbone: str, photos: str, *once: str) -> None:
+    """Train once, or for every line of standard input in a child of its own, whose id is said first."""
+    torch.set_num_threads(1)
+    world = World(Path(backbone), Path(photos))
+    if once:
+        train_once(world, Path(once[0]), json.loads(once[1]))
+    for line in sys.stdin if not once else ():
+        folder, changes = json.loads(line)
+        if not (child := os.fork()):
+            print(os.getpid(), flush=True)
+            train_once(world, Path(folder), changes)
+            os._exit(0)
+        print("end", os.waitpid(child, 0)[1], flush=True)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,21 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
         Everything else.
     """
     text = json.dumps({"format": FORMAT, "version": VERSION, **facts})
-    data = save(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata={"embedkit": text}
-    )
+    seen: set[int] = set()
+    values = {name: _alone(value.detach().cpu().contiguous(), seen) for name, value in tensors.items()}
+    data = save(values, metadata={"embedkit": text})
     with aside(path.parent) as temporary:
         write_durably(temporary, data)
         publish_over(temporary, path)
+
+
+def _alone(value: Tensor, seen: set[int]) -> Tensor:
+    """Return a tensor that shares no memory with those seen: the format has no names for one thing."""
+    place = value.untyped_storage().data_ptr()
+    if place in seen:
+        return value.clone()
+    seen.add(place)
+    return value
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -56,7 +56,7 @@ class Run:
     device: torch.device
     state: Path
     identity: dict[str, Any]
-    parts: int = 1  # That a batch is split into, since memory ran out.
+    at_once: int  # Images that pass through the network together; fewer once memory ran out.
     plateau: Plateau = field(default_factory=Plateau)
     best_score: float = -math.inf
     history: History = field(default_factory=History)
@@ -92,7 +92,7 @@ def begin(
     state = state_folder(folder)
     run = Run(
         trainee, criterion, recipe, blocks, optimiser, scaler, None, world, device, state,
-        identity_of(identity, recipe, world),
+        identity_of(identity, recipe, world), recipe.batch_size,
     )  # fmt: skip
     state.mkdir(parents=True, exist_ok=True)
     world.share_values(trainee)
@@ -122,7 +122,7 @@ def keep(run: Run, best: Mapping[str, Tensor]) -> None:
     if run.average is not None:
         tensors |= {f"average.{name}": value for name, value in run.average.values.items()}
     facts = {
-        "identity": run.identity, "history": run.history.to_dict(), "optimiser": packed, "parts": run.parts,
+        "identity": run.identity, "history": run.history.to_dict(), "optimiser": packed, "at_once": run.at_once,
         "scaler": run.scaler.state_dict(), "updates": run.average.updates if run.average else 0,
         "plateau": asdict(run.plateau), "best_score": None if run.best_score == -math.inf else run.best_score,
     }  # fmt: skip
@@ -143,7 +143,7 @@ def _restore(run: Run) -> None:
             run.average.load(_named(tensors, "average."), facts["updates"])
         run.scaler.load_state_dict(facts["scaler"])
         run.history = History.from_dict(facts["history"])
-        run.parts, run.plateau = int(facts["parts"]), Plateau(**facts["plateau"])
+        run.at_once, run.plateau = int(facts["at_once"]), Plateau(**facts["plateau"])
         run.best_score = -math.inf if facts["best_score"] is None else float(facts["best_score"])
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise FinetuneError(

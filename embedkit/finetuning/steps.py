@@ -60,10 +60,11 @@ def accumulate(
     return whole
 
 
-def in_pieces(batches: Sequence[TrainBatch], parts: int) -> Iterator[TrainBatch]:
-    """Yield every batch in that many parts of nearly one size, without those that are empty."""
+def in_pieces(batches: Sequence[TrainBatch], most: int) -> Iterator[TrainBatch]:
+    """Yield every batch in parts of nearly one size, of so many images at most, without those that are empty."""
     for batch in batches:
-        size = -(-len(batch.rows) // parts)
+        parts = -(-len(batch.rows) // most)
+        size = -(-len(batch.rows) // max(1, parts))
         for start in range(0, len(batch.rows), max(1, size)):
             span = slice(start, start + size)
             yield replace(

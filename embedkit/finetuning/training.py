@@ -178,8 +178,7 @@ def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], 
         raise FinetuneError(f"none of the {len(feed.failures)} training images can be read: {feed.failures[0]}")
     seconds = time.perf_counter() - started
     failed = int(world.total(torch.tensor(len(feed.failures), device=run.device)))
-    size = -(-recipe.batch_size // run.parts)
-    return EpochRow(epoch, summed / images, {}, rates, images, failed, seconds, size, skipped)
+    return EpochRow(epoch, summed / images, {}, rates, images, failed, seconds, run.at_once, skipped)
 
 
 def _update(run: Run, batches: Sequence[TrainBatch]) -> tuple[int, Tensor, Tensor, bool]:
@@ -203,27 +202,28 @@ def _update(run: Run, batches: Sequence[TrainBatch]) -> tuple[int, Tensor, Tenso
 
 def _gradients(run: Run, batches: Sequence[TrainBatch], images: int) -> Tensor:
     """Fill the gradients of the mean loss; where memory runs out, from smaller pieces, for the rest of the run."""
+    if not images:
+        run.optimiser.zero_grad(set_to_none=True)
+        return torch.zeros((), device=run.device)
     while True:
         run.optimiser.zero_grad(set_to_none=True)
+        pieces = list(in_pieces(batches, run.at_once))
         try:
-            pieces = list(in_pieces(batches, run.parts))
             return accumulate(run.trainee, run.criterion, pieces, images, run.context, run.scaler.scale)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            largest = max(len(batch.rows) for batch in batches)
-            if -(-largest // run.parts) == 1:
+            largest = max(len(piece.rows) for piece in pieces)
+            if largest == 1:
                 raise FinetuneError(
                     "memory does not hold one image's gradients; try --grad-checkpointing, a smaller --img-size, "
                     "--amp-dtype bf16, or fewer blocks to --unfreeze"
                 ) from error
-            run.parts *= 2
-            size = -(-largest // run.parts)
+            run.at_once = -(-largest // 2)
         # Outside the handler: the error holds on to what the failed pass had made.
-        run.optimiser.zero_grad(set_to_none=True)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        log.warning("out of memory: %d images at once from now on, and their gradients are added up", size)
+        log.warning("out of memory: %d images at once from now on, and their gradients are added up", run.at_once)
 
 
 def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, number: int) -> float:

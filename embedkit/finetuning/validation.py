@@ -76,13 +76,13 @@ def outputs_of(
 ) -> Tensor:
     """Return the head's answers (b, c) in float32 for a batch, in as many parts as the memory asks for."""
     device = next(trainee.parameters()).device
-    parts = 1
+    most = len(batch.rows)
     while True:
         try:
             with context():
-                found = [trainee(each.pixels.to(device, non_blocking=True)) for each in in_pieces([batch], parts)]
+                found = [trainee(each.pixels.to(device, non_blocking=True)) for each in in_pieces([batch], most)]
             return torch.cat(found).float()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or parts >= len(batch.rows):
+            if not is_out_of_memory(error) or most == 1:
                 raise
-        parts *= 2
+        most = -(-most // 2)

@@ -236,3 +236,16 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_not(
     assert stores[0] == stores[1]
     reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("whole", "killed")]
     assert reports[0]["comparison"] == reports[1]["comparison"] and reports[0]["warmup"] == reports[1]["warmup"]
+
+
+def test_a_loss_of_metric_learning_is_judged_by_retrieval_and_gets_its_head_afterwards(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone
+) -> None:
+    pytest.importorskip("pytorch_metric_learning", reason="embedkit[metric] is not installed")
+    recipe = Recipe(epochs=2, batch_size=8, loss="supcon")
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe)
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(values["history"]["epochs"][0]["metrics"]) == {"recall@1"} and values["recipe"]["metric"] == "recall@1"
+    names = [change["name"] for change in values["comparison"]["changes"]]
+    assert names == ["linear probe", "k-NN", "recall@1", "mAP@R"] and values["after"]["top1"] == 1.0
+    assert all(one.labels[0] == one.id.partition("/")[0] for one in ek.predict(tmp_path / "run" / "head", photos))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from embedkit.evaluation import Report, compare, comparison_table, predict, probe, read_suite, run_suite
     from embedkit.extraction import estimate, extract
-    from embedkit.finetuning import Augmentation, Recipe, finetune
+    from embedkit.finetuning import Augmentation, Distillation, Recipe, distill, finetune
     from embedkit.index import Index, cluster, find_duplicates, find_outliers, retrieval_report
     from embedkit.sources import list_images
     from embedkit.spec import EmbeddingSpec, Preprocessing
@@ -39,6 +39,7 @@ __all__ = [
     "Augmentation",
     "Backbone",
     "BackboneError",
+    "Distillation",
     "EmbeddingShapeError",
     "EmbeddingSpec",
     "EmbedkitError",
@@ -60,6 +61,7 @@ __all__ = [
     "cluster",
     "compare",
     "comparison_table",
+    "distill",
     "estimate",
     "extract",
     "find_duplicates",
@@ -77,6 +79,7 @@ __all__ = [
 _ROOMS = {
     "Augmentation": "finetuning",
     "Backbone": "backbones",
+    "Distillation": "finetuning",
     "EmbeddingSpec": "spec",
     "Index": "index",
     "Preprocessing": "spec",
@@ -86,6 +89,7 @@ _ROOMS = {
     "cluster": "index",
     "compare": "evaluation",
     "comparison_table": "evaluation",
+    "distill": "finetuning",
     "estimate": "extraction",
     "extract": "extraction",
     "find_duplicates": "index",

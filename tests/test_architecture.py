@@ -64,7 +64,7 @@ ONLY_USER = {
     "threadpoolctl": "diagnosis",
     "click": "cli",
     "tqdm": "cli",
-    "yaml": "evaluation",
+    "yaml": "evaluation and finetuning",
 }
 
 

@@ -187,3 +187,18 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_nobody_interrupted(
 def test_the_default_recipe_learns_everything() -> None:
     assert isinstance(DISTILLING, Recipe)
     assert (DISTILLING.layer_decay, DISTILLING.freeze_norm, DISTILLING.unfreeze) == (1.0, False, "all")
+
+
+def test_a_student_with_weights_begins_with_the_projection_that_fits_best(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    still = replace(SHORT, epochs=1, body_lr=0.0, head_lr=0.0, freeze_norm=True, batch_size=4)
+    settings = Distillation(held_out=0.2, width=4)
+    own = distill(
+        tiny_backbone, ek.Backbone.load(tiny_backbone), photos, tmp_path / "own", recipe=still, settings=settings
+    )
+    assert own.spec == ek.Backbone.load(tiny_backbone).spec
+    distill(tiny_backbone, "test_resnet", photos, tmp_path / "new", recipe=still, settings=settings, img_size=64)
+    # The teacher itself reproduces the teacher, for a ridge of few images nearly; random weights do not.
+    assert rows_of(tmp_path / "own")[0]["val_cosine"] > 0.9
+    assert rows_of(tmp_path / "new")[0]["val_cosine"] < 0.5

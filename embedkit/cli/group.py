@@ -16,6 +16,7 @@ from embedkit import __version__
 from embedkit.cli.benching import bench
 from embedkit.cli.commands import info, models
 from embedkit.cli.diagnosis import doctor
+from embedkit.cli.distilling import distill
 from embedkit.cli.duplicates import dedupe
 from embedkit.cli.extraction import extract
 from embedkit.cli.finetuning import finetune
@@ -82,6 +83,6 @@ def main() -> None:
 
 for _command in (
     extract, info, status, verify, merge, select, export_store, import_store, build_index, search, dedupe, retrieve,
-    outliers, cluster_store, probe, predict, bench, finetune, models, doctor,
+    outliers, cluster_store, probe, predict, bench, finetune, distill, models, doctor,
 ):  # fmt: skip
     main.add_command(_command)

@@ -1,7 +1,8 @@
 """Adapting a backbone: stages, augmentation, the training loop, distillation."""
 
 from embedkit.finetuning.augmentation import PRESETS, Augmentation
+from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.stages import finetune
 
-__all__ = ["PRESETS", "Augmentation", "Recipe", "finetune"]
+__all__ = ["DISTILLING", "PRESETS", "Augmentation", "Distillation", "Recipe", "distill", "finetune"]

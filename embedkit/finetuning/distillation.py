@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,11 +16,14 @@ import torch
 
 from embedkit.backbones import Backbone
 from embedkit.errors import FinetuneError
+from embedkit.evaluation.benching import versions
+from embedkit.evaluation.speeds import machine_name
 from embedkit.extraction import Progress
 from embedkit.extraction.extracting import listed
 from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.blocks import blocks_of
 from embedkit.finetuning.checkpoints import forget
+from embedkit.finetuning.distillation_page import distillation_page
 from embedkit.finetuning.distributed import World, join_world
 from embedkit.finetuning.feed import Feed
 from embedkit.finetuning.history import History, Moment
@@ -29,12 +32,14 @@ from embedkit.finetuning.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.saving import save_backbone
-from embedkit.finetuning.students import Student, make_student, with_projection
+from embedkit.finetuning.students import Student, fit_projection, make_student, with_projection
 from embedkit.finetuning.targets import Targets, build_targets
 from embedkit.finetuning.teachers import common_ids, embed_views, load_teachers
-from embedkit.finetuning.training import train
-from embedkit.finetuning.views import list_views, view_id
+from embedkit.finetuning.trainee import Trainee
+from embedkit.finetuning.training import resumable, train
+from embedkit.finetuning.views import check_views, list_views, view_id
 from embedkit.sources import Listing
+from embedkit.spec import EmbeddingSpec, Preprocessing
 from embedkit.store import Store
 from embedkit.text import counted
 
@@ -43,7 +48,8 @@ Made = TypeVar("Made")
 Watcher = Callable[[str, "Progress | Moment"], None]
 
 MAX_VALIDATION = 2000
-_HELD_OUT, _ORDER = 11, 12  # Each chance has a generator of its own.
+_HELD_OUT, _ORDER, _FIRST = 11, 12, 13  # Each chance has a generator of its own.
+_FIRST_IMAGES = 8192  # That a projection is fitted on; a few times as many as an embedding is wide.
 
 log = logging.getLogger("embedkit")
 
@@ -87,6 +93,7 @@ class Distillation:
     held_out: float = 0.02
 
     def __post_init__(self) -> None:
+        check_views(self.views, self.smallest_view)
         if self.distance not in MIMICRIES:
             raise FinetuneError(f"distance must be one of {', '.join(MIMICRIES)}; got {self.distance!r}")
         if self.width < 1:
@@ -269,6 +276,9 @@ def _teach(
     """Train the student, and leave the best epoch's weights in it."""
     targets, pixels = lesson.targets, student.spec.preprocessing
     trainee = with_projection(student, sum(targets.widths), freeze_norm=recipe.freeze_norm, seed=recipe.seed)
+    known = {**identity, "stores": [store.content_id for store in lesson.stores]}
+    if not student.fresh and not resumable(folder.path, known, recipe, world=world):
+        _fit_first(trainee, lesson, pixels, recipe, workers)
     feed = Feed(
         lesson.views.files, None, pixels, recipe, workers=workers, rank=world.rank, world=world.size,
         targets=lambda rows, epoch: targets.rows(rows),
@@ -279,17 +289,30 @@ def _teach(
         files = [lesson.images.files[number] for number in lesson.held.tolist()]
         held = Feed(files, None, pixels, recipe, workers=workers, rank=world.rank, world=world.size)
 
-        def validate(trainee: Any) -> dict[str, float]:
+        def validate(trainee: Trainee) -> dict[str, float]:
             return validate_mimicry(
                 trainee, held, lambda rows: targets.rows(lesson.held[rows]), targets.widths, world=world
             )
 
     return train(
         trainee, feed, recipe, folder.path, blocks=blocks_of(trainee), validate=validate, world=world,
-        identity={**identity, "stores": [store.content_id for store in lesson.stores]},
+        identity=known,
         criterion=Mimicry(targets.widths, settings.distance),
         progress=None if progress is None else lambda moment: progress("training", moment),
     )  # fmt: skip
+
+
+def _fit_first(trainee: Trainee, lesson: _Lesson, pixels: Preprocessing, recipe: Recipe, workers: int | None) -> None:
+    """Fit the projection of a student that has weights, on whole images."""
+    numbers = np.random.default_rng([_FIRST, recipe.seed]).permutation(lesson.train)[:_FIRST_IMAGES]
+    feed = Feed([lesson.images.files[number] for number in numbers.tolist()], None, pixels, recipe, workers=workers)
+    embeddings, targets = [], []
+    with torch.no_grad():
+        for batch in feed.validation():
+            device = next(trainee.parameters()).device
+            embeddings.append(trainee.embed(batch.pixels.to(device)).cpu())
+            targets.append(torch.from_numpy(lesson.targets.rows(numbers[batch.rows.numpy()])))
+    fit_projection(trainee, torch.cat(embeddings), torch.cat(targets))
 
 
 def _finish(
@@ -297,13 +320,30 @@ def _finish(
     precision: str,
 ) -> None:  # fmt: skip
     """Write the backbone and the report, and remove what a resumed run would have needed."""
-    best = history.best
-    metrics = dict(best.metrics) if best else {}
+    metrics = dict(history.best.metrics) if history.best else {}
+    facts = {
+        "images": len(lesson.train), "held_out": len(lesson.held), "views": settings.views,
+        "seconds": round(sum(row.seconds for row in history.epochs)), "machine": machine_name(),
+        "finished": time.strftime("%Y-%m-%d %H:%M %Z"), **versions(),
+    }  # fmt: skip
+    account = {
+        "metrics": metrics, "student": _described(student.spec), "facts": facts, "settings": asdict(settings),
+        "teachers": [_described(store.spec) for store in lesson.stores], "recipe": recipe.to_dict(),
+        "history": history.to_dict(),
+    }  # fmt: skip
     save_backbone(
         folder.path, student.network, student.spec, parents=[store.spec for store in lesson.stores],
-        recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics,
-        information={"images": len(lesson.images.files), "best_epoch": history.best_epoch}, precision=precision,
+        recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics, information=facts,
+        precision=precision,
     )  # fmt: skip
-    folder.write_report({"metrics": metrics, "history": history.to_dict()}, "")
+    height, width = student.spec.preprocessing.img_size
+    title = f"{student.spec.backbone} at {width} x {height} pixels"
+    folder.write_report(account, distillation_page(title, account, history))
     forget(folder.path)
-    Path(folder.path, "state", "targets.npy").unlink(missing_ok=True)
+
+
+def _described(spec: EmbeddingSpec) -> dict[str, Any]:
+    return {
+        "name": f"{spec.backbone}.{spec.tag}".rstrip("."), "dim": spec.dim, "digest": spec.digest,
+        "img_size": list(spec.preprocessing.img_size), "weights_sha256": spec.weights_sha256,
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embedkit.backbones import Backbone
 from embedkit.backbones.arguments import usable_device
@@ -87,7 +87,6 @@ def make_student(
             raise FinetuneError("a loaded student has its size and its arguments; load it with others instead")
         backbone = student
     else:
-        # What it knew was framed for itself; what it learns now is framed as its teacher sees it.
         backbone = Backbone.load(student, arch_kwargs=arch_kwargs, img_size=img_size, device=device)
     if backbone.spec.views or backbone.spec.precision != "float32":
         raise FinetuneError("a student learns on plain views in fp32: load it without views= and precision=")
@@ -102,6 +101,34 @@ def with_projection(student: Student, width: int, *, freeze_norm: bool = False, 
         projection.weight.copy_(torch.randn(projection.weight.shape, generator=random) * student.spec.dim**-0.5)
         projection.bias.zero_()
     return Trainee(student.network, projection.to(student.network.scale.device), freeze_norm=freeze_norm).eval()
+
+
+def fit_projection(trainee: Trainee, embeddings: Tensor, targets: Tensor) -> None:
+    """Give a student's projection the weights that reproduce targets best while the network stays as it is.
+
+    A network that knows something would otherwise be led astray by a random map at first.
+
+    Parameters
+    ----------
+    trainee : Trainee
+        As `with_projection` makes it.
+    embeddings, targets : Tensor of shape (n, d) and (n, m)
+        Of the same images.
+
+    Notes
+    -----
+    Ridge regression, with a penalty of a thousandth of the mean variance.
+    """
+    x, y = embeddings.double(), targets.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    products = (x - x_mean).T @ (x - x_mean)
+    penalty = max(1e-12, 1e-3 * float(products.diagonal().mean()))
+    weights = torch.linalg.solve(products + penalty * torch.eye(len(products)), (x - x_mean).T @ (y - y_mean))
+    projection = trainee.head
+    assert isinstance(projection, nn.Linear)
+    with torch.no_grad():
+        projection.weight.copy_(weights.T)
+        projection.bias.copy_(y_mean - x_mean @ weights)
 
 
 def _has_weights(student: str) -> bool:

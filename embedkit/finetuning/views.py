@@ -116,13 +116,18 @@ def list_views(listing: Listing, views: int, smallest: float = 0.3, seed: int = 
     FinetuneError
         When there is no such number of views, or no such share.
     """
-    if not 1 <= views <= MAX_VIEWS or not 0 < smallest <= 1:
-        raise FinetuneError(
-            f"an image has from 1 to {MAX_VIEWS} views, whose squares are a share above 0 and at most 1; "
-            f"got {views} views of {smallest:g}"
-        )
+    check_views(views, smallest)
     if views == 1:
         return listing
     failures = [ImageError(view_id(failure.id, 0), failure.reason, failure.kind) for failure in listing.failures]
     files = _Views(listing.files, views, smallest, seed)
     return replace(listing, files=files, failures=failures, has_paths=False)
+
+
+def check_views(views: int, smallest: float) -> None:
+    """Raise FinetuneError unless there is such a number of views, and such a share."""
+    if not 1 <= views <= MAX_VIEWS or not 0 < smallest <= 1:
+        raise FinetuneError(
+            f"an image has from 1 to {MAX_VIEWS} views, whose squares are a share above 0 and at most 1; "
+            f"got {views} views of {smallest:g}"
+        )

@@ -1,0 +1,262 @@
+"""The command that teaches a small backbone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from embedkit.cli import printing
+from embedkit.cli.finetuning import follows
+from embedkit.cli.options import (
+    FILE,
+    KEY_VALUE,
+    Command,
+    device_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    some_source_options,
+    source_arguments,
+)
+
+if TYPE_CHECKING:
+    from embedkit.backbones import Backbone
+    from embedkit.finetuning.distillation import Distillation
+    from embedkit.finetuning.recipe import Recipe
+
+_TARGET_OPTIONS = [
+    click.option(
+        "--views", type=int, default=1, show_default=True,
+        help="Views of each image that the teachers see: all of it, and squares of it; an epoch shows one.",
+    ),
+    click.option(
+        "--smallest-view", type=float, default=0.3, show_default=True, metavar="SHARE",
+        help="The least share of an image's largest square that a view shows.",
+    ),
+    click.option(
+        "--target-width", type=int, default=512, show_default=True, metavar="N",
+        help="Directions that are kept of each teacher, those of the greatest variance.",
+    ),
+    click.option(
+        "--whitening", type=float, default=0.0, show_default=True,
+        help="0 keeps the teachers' geometry, 1 makes all of their directions equally loud.",
+    ),
+    click.option(
+        "--distance", type=click.Choice(["cosine", "mse"]), default="cosine", show_default=True,
+        help="Between what the student says and what it should.",
+    ),
+    click.option(
+        "--held-out", type=float, default=0.02, show_default=True, metavar="SHARE",
+        help="Images that choose the best epoch, at most 2,000.",
+    ),
+]  # fmt: skip
+
+_TRAINING_OPTIONS = [
+    click.option("--epochs", type=int, default=30, show_default=True, help="Passes over the images."),
+    click.option("-b", "--batch-size", type=int, default=64, show_default=True, help="Images a pass."),
+    click.option("--grad-accum-steps", type=int, default=1, show_default=True, help="Batches that make one update."),
+    click.option("--opt", default="adamw", show_default=True, help="A name of timm.optim: sgd, adamw, lamb, ..."),
+    click.option("--momentum", type=float, default=0.9, show_default=True, help="Where the optimiser has it."),
+    click.option("--body-lr", type=float, default=2e-3, show_default=True, help="Learning rate of the last block."),
+    click.option("--head-lr", type=float, default=2e-3, show_default=True, help="Learning rate of the projection."),
+    click.option(
+        "--layer-decay", type=float, default=1.0, show_default=True,
+        help="Each block's rate as a share of that of the block behind it.",
+    ),
+    click.option("--weight-decay", type=float, default=0.02, show_default=True, help="Not of norms and biases."),
+    click.option(
+        "--sched", default="cosine", show_default=True,
+        type=click.Choice(["constant", "cosine", "exponential", "step", "plateau", "one-cycle"]),
+        help="How learning rates move.",
+    ),
+    click.option("--warmup-epochs", type=float, default=1.0, show_default=True, help="While learning rates rise."),
+    click.option("--min-lr", type=float, default=0.0, show_default=True, help="Floor, as a share of each rate."),
+    click.option("--clip-grad", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: any."),
+    click.option("--model-ema", type=float, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
+    click.option("--drop-path", type=float, default=0.0, show_default=True, help="Chance to skip the last branch."),
+    click.option(
+        "--freeze-norm/--no-freeze-norm", default=False, show_default=True,
+        help="Batch normalisation keeps its statistics, for a student that has some.",
+    ),
+    click.option(
+        "--amp-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+        help="Number format of the products while training.",
+    ),
+    click.option("--patience", type=int, default=0, show_default=True, help="Epochs without gain before it stops."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Draws everything that is drawn."),
+]  # fmt: skip
+
+_AUGMENTATION_OPTIONS = [
+    click.option("--hflip", type=float, default=0.5, show_default=True, metavar="CHANCE", help="Mirror images."),
+    click.option(
+        "--color-jitter", type=float, default=0.0, show_default=True, metavar="SHARE",
+        help="Largest change of brightness, contrast and saturation.",
+    ),
+    click.option("--hue", type=float, default=0.0, show_default=True, metavar="SHARE", help="Largest turn of the hue."),
+    click.option("--reprob", type=float, default=0.0, show_default=True, metavar="CHANCE", help="Erase a rectangle."),
+]  # fmt: skip
+
+
+def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Take defaults from a file of settings; what stands on the command line replaces them."""
+    if path is None:
+        return
+    from embedkit.errors import FinetuneError
+    from embedkit.finetuning.recipe_file import read_settings
+
+    kinds = {str(option.name): option for option in ctx.command.params if isinstance(option, click.Option)}
+    known = kinds.keys() - {"config", "output", "device", "as_json", "quiet", "overwrite", "judge", "judge_split"}
+    try:
+        values = read_settings(path, known)
+    except FinetuneError as error:
+        raise click.UsageError(str(error)) from error
+    several = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    ctx.default_map = {name: several[name] if kinds[name].multiple else value for name, value in values.items()}
+
+
+def _options(command: Command) -> Command:
+    for option in reversed([*_TARGET_OPTIONS, *_TRAINING_OPTIONS, *_AUGMENTATION_OPTIONS]):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("images", nargs=-1, metavar="IMAGES...")
+@click.option(
+    "--config", type=FILE, metavar="YAML", is_eager=True, expose_value=False, callback=_configure,
+    help="Settings by the names of these options, such as configs/nano.yaml; options replace them.",
+)  # fmt: skip
+@click.option(
+    "--teacher", "teachers", multiple=True, required=True, metavar="MODEL",
+    help="timm name, weight file, JSON sidecar, or folder; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--student", required=True, metavar="ARCH", help="timm architecture, or a MODEL that goes on from what it knows."
+)
+@click.option("-o", "--output", type=FILE, required=True, metavar="DIR", help="Folder of the run and of the student.")
+@click.option(
+    "--img-size", type=click.IntRange(8), metavar="PIXELS", help="Side of the student's crop.  [default: 128]"
+)
+@click.option(
+    "--arch-kwargs", type=KEY_VALUE, multiple=True, callback=lambda ctx, param, value: dict(value) or None,
+    help="Keyword argument of the student's architecture; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--teacher-stores", type=FILE, metavar="DIR", help="Where the teachers' stores are.  [default: DIR/teachers]"
+)
+@some_source_options("columns", "root", "include", "exclude", "limit", "sample", "follow_links")
+@_options
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+    help="Number format of the weight file.",
+)  # fmt: skip
+@click.option(
+    "--judge", type=FILE, metavar="STORE", help="Probe the student beside this labelled store, on its images."
+)
+@click.option("--judge-split", type=FILE, metavar="CSV", help="As for probe --split.  [default: five folds]")
+@device_option
+@click.option("-j", "--workers", type=click.IntRange(1), help="Threads that decode.  [default: one a processor]")
+@overwrite_option
+@json_option
+@quiet_option
+@click.pass_context
+def distill(
+    ctx: click.Context,
+    /,
+    images: tuple[str, ...],
+    teachers: tuple[str, ...],
+    student: str,
+    output: Path,
+    img_size: int | None,
+    arch_kwargs: dict[str, Any] | None,
+    teacher_stores: Path | None,
+    precision: str,
+    judge: Path | None,
+    judge_split: Path | None,
+    device: str,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
+) -> None:
+    """Teach a small backbone to reproduce the embeddings of one or several others, on images without labels.
+
+    The teachers embed IMAGES once, into stores that later students use again; the student sees the same images at its
+    own size. A bare timm architecture begins with random weights, anything else with its own.
+
+    DIR can be used wherever a backbone is, as -m DIR. An interrupted run goes on after its last epoch when the same
+    command is given again. docs/distillation.md says more.
+    """
+    from embedkit.finetuning.distillation import distill as teach
+    from embedkit.sources import list_images
+
+    if not images:
+        raise click.UsageError("name the images: a folder, an archive, a table, ...")
+    if judge is None and judge_split is not None:
+        raise click.UsageError("--judge-split divides the images of a --judge store")
+    quiet = quiet or follows()
+    settings, recipe = _settings_of(choices)
+    with printing.saying_when_long("listing the images", quiet):
+        listing = list_images(*images, seed=recipe.seed, **source_arguments(choices))
+    with printing.StageBars(quiet) as bars:
+        backbone = teach(
+            teachers, student, listing, output, settings=settings, recipe=recipe, img_size=img_size,
+            arch_kwargs=arch_kwargs, stores=teacher_stores, precision=precision, device=device, workers=workers,
+            overwrite=overwrite, progress=bars.update,
+        )  # fmt: skip
+    if not follows():
+        values = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        printing.notice(f"backbone: {backbone.description}", quiet)
+        if judge is not None:
+            values["judgement"] = _judgement(backbone, judge, judge_split, output, workers, as_json, quiet)
+        _print_result(output, values, as_json)
+
+
+def _settings_of(choices: dict[str, Any]) -> tuple[Distillation, Recipe]:
+    """Take the settings of a distillation out of the values of the command's options."""
+    from embedkit.errors import FinetuneError
+    from embedkit.finetuning.augmentation import Augmentation
+    from embedkit.finetuning.distillation import DISTILLING, Distillation
+
+    try:
+        jitter = choices.pop("color_jitter")
+        augmentation = Augmentation(
+            **{name: choices.pop(name) for name in ("hflip", "hue", "reprob")}, brightness=jitter, contrast=jitter,
+            saturation=jitter,
+        )  # fmt: skip
+        choices["width"] = choices.pop("target_width")
+        settings = Distillation(**{field.name: choices.pop(field.name) for field in fields(Distillation)})
+        names = [field.name for field in fields(DISTILLING) if field.name in choices]
+        return settings, replace(DISTILLING, **{name: choices.pop(name) for name in names}, augmentation=augmentation)
+    except FinetuneError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _judgement(
+    backbone: Backbone, judge: Path, split: Path | None, output: Path, workers: int | None, as_json: bool, quiet: bool
+) -> dict[str, Any]:
+    """Probe the student beside a store, and print the table unless JSON is wanted."""
+    from embedkit.finetuning.judging import judge_backbone, verdict_dict, verdict_text
+    from embedkit.store import Store
+
+    with printing.ImageBar(quiet) as bar:
+        verdicts = judge_backbone(
+            backbone, Store.open(judge), output / "judged.h5", split=split, workers=workers, progress=bar.update
+        )
+    if not as_json:
+        click.echo(verdict_text(verdicts))
+    return verdict_dict(verdicts)
+
+
+def _print_result(output: Path, values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(values))
+        return
+    metrics = values["metrics"]
+    said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "nothing was held out"
+    click.echo(f"{output}: {values['facts']['images']:,} images, best epoch {values['history']['best_epoch']}: {said}")

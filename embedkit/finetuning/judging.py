@@ -1,0 +1,149 @@
+"""Judging: what a student's embeddings are worth beside those of a store, on the store's own images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from embedkit.backbones import Backbone
+from embedkit.errors import FinetuneError
+from embedkit.evaluation.columns import align_columns
+from embedkit.evaluation.probing import probe
+from embedkit.extraction import Progress, extract
+from embedkit.images import Data
+from embedkit.index.pictures import read_picture
+from embedkit.sources import Listing
+from embedkit.sources.entries import Entries
+from embedkit.store import Store
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one backbone did.
+
+    Attributes
+    ----------
+    name : str
+        Its architecture and tag.
+    dim : int
+        Width of its embedding.
+    linear_top1, knn_top1 : float
+        Of the default protocol: a linear probe and k-NN, fractions in [0, 1].
+    """
+
+    name: str
+    dim: int
+    linear_top1: float
+    knn_top1: float
+
+
+class _Picture(NamedTuple):
+    """An image that a store has a row for."""
+
+    id: str
+    label: str | None
+    store: Store
+    row: int
+
+    def status(self) -> tuple[int, int]:
+        """Return size and modification time as the store has them."""
+        images = self.store.images
+        return int(images.sizes[self.row]), int(images.mtimes_ns[self.row])
+
+    def read(self) -> Data:
+        """Read the image where the store says that it is."""
+        return read_picture(self.store, self.id)
+
+
+class _Pictures(Entries):
+    """The images of a store, in the order of its rows."""
+
+    def __init__(self, store: Store) -> None:
+        assert store.labels is not None
+        self.store, self.codes = store, store.labels
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def entry(self, number: int) -> _Picture:
+        code = int(self.codes[number])
+        return _Picture(self.store.ids[number], None if code < 0 else self.store.classes[code], self.store, number)
+
+
+def judge_backbone(
+    backbone: Backbone,
+    store: Store,
+    output: str | os.PathLike[str],
+    *,
+    split: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Verdict, Verdict]:
+    """Embed the images of a labelled store by a backbone, and probe both.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Mostly a student.
+    store : Store
+        Of any other backbone, mostly a teacher, with labels; its images are where it says that they are.
+    output : path-like
+        The store to make of the backbone's embeddings.
+    split : path-like, optional
+        As for `embedkit.probe`; without one, both are cross-validated in five folds.
+    seed : int, default 0
+        As for `embedkit.probe`.
+    workers : int, optional
+        As for `extract`.
+    progress : callable, optional
+        As for `extract`.
+
+    Returns
+    -------
+    tuple of Verdict
+        Of the store, and of the backbone.
+
+    Raises
+    ------
+    FinetuneError
+        When the store has no labels, or its images are gone.
+    EmbedkitError
+        Whatever `extract` and `probe` raise.
+    """
+    if store.labels is None:
+        raise FinetuneError(f"{store.path} has no labels to judge by; make it of a folder of classes")
+    listing = Listing(store.root or store.path, _Pictures(store), store.classes, [], 0, has_paths=True)
+    made = extract(listing, Path(output), backbone, workers=workers, progress=progress)
+    if len(made) < len(store):
+        raise FinetuneError(
+            f"{len(store) - len(made):,} of the {len(store):,} images of {store.path} are not there any more, such as "
+            f"{made.failures[0].id!r}; embed them again, and judge by that store"
+        )
+    return _verdict(store, split, seed), _verdict(made, split, seed)
+
+
+def verdict_text(verdicts: Sequence[Verdict]) -> str:
+    """Return a table of verdicts."""
+    rows = [["", "width", "linear top1", "k-NN top1"]]
+    rows += [[each.name, str(each.dim), f"{each.linear_top1:.3f}", f"{each.knn_top1:.3f}"] for each in verdicts]
+    return "\n".join(align_columns(rows, "<>>>"))
+
+
+def verdict_dict(verdicts: tuple[Verdict, Verdict]) -> dict[str, Any]:
+    """Return JSON values."""
+    return {name: asdict(each) for name, each in zip(("judge", "student"), verdicts, strict=True)}
+
+
+def _verdict(store: Store, split: str | os.PathLike[str] | None, seed: int) -> Verdict:
+    folds = None if split else FOLDS
+    linear = probe(store, split=split, folds=folds, seed=seed).metrics
+    # The folds' own report has one head.
+    nearest = linear["knn_top1"] if split else probe(store, head="knn", folds=folds, seed=seed).metrics["top1"]
+    name = f"{store.spec.backbone}.{store.spec.tag}".rstrip(".")
+    return Verdict(name, store.dim, float(linear["top1"]), float(nearest))

@@ -1,0 +1,139 @@
+"""embedkit distill: options, a file of settings, and the judge."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import embedkit as ek
+from embedkit.cli.distilling import distill
+from embedkit.finetuning.distillation import DISTILLING, Distillation
+from embedkit.finetuning.recipe_file import read_settings
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(distill, [str(argument) for argument in arguments])
+
+
+SMALL = ("--student", "test_resnet", "--img-size", 32, "--epochs", 1, "-b", 8, "--held-out", 0.2, "--target-width", 16)
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    found = {str(param.name): param.default for param in distill.params}
+    for field in fields(DISTILLING):
+        if field.name in found:
+            assert found[field.name] == getattr(DISTILLING, field.name), field.name
+    for field in fields(Distillation):
+        name = "target_width" if field.name == "width" else field.name
+        assert found[name] == getattr(Distillation(), field.name), name
+    for name in ("hflip", "hue", "reprob"):
+        assert found[name] == getattr(DISTILLING.augmentation, name), name
+
+
+def test_a_student_is_taught_and_judged(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    judge = tmp_path / "judge.h5"
+    ek.extract(photos, judge, ek.Backbone.load(tiny_backbone))
+    result = run(photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--judge", judge, "-q")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines()][:3] == ["width", "test_resnet", "test_resnet"]
+    assert "19 images, best epoch 1: cosine" in result.stdout
+    assert ek.Backbone.load(tmp_path / "run").preprocessing.img_size == (32, 32)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "http" not in page.replace("http://www.w3.org", "")
+    again = run(
+        photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--judge", judge, "-q", "--json"
+    )  # fmt: skip
+    values = json.loads(again.stdout)
+    assert values["judgement"]["student"]["linear_top1"] == pytest.approx(1.0)
+    assert values["facts"]["images"] == 19
+    assert values["teachers"][0]["digest"] == ek.Store.open(judge).digest
+
+
+def test_a_file_of_settings_is_a_command_that_can_be_committed(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"teachers: ['{tiny_backbone}']\nstudent: test_resnet\nimg-size: 32\nepochs: 1\nbatch_size: 8\nhflip: 0.25\n"
+        "held_out: 0.2\nviews: 2\n"
+    )
+    result = run(photos, "--config", path, "--epochs", 2, "-o", tmp_path / "run", "-q")
+    assert result.exit_code == 0, result.output
+    said = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (said["recipe"]["epochs"], said["recipe"]["augmentation"]["hflip"]) == (2, 0.25)
+    assert said["identity"]["distillation"]["views"] == 2
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("epoch: 3", "did you mean epochs"),
+        ("epochs: 3\nepochs: 4", "twice"),
+        ("- a\n- b", "holds no settings"),
+        ("output: /tmp/x", "no setting 'output'"),
+        ("a: &a [1]\nb: *a", "aliases"),
+        ("epochs: {a: 1}", "a list of these"),
+        ("epochs: [", "not a YAML file"),
+        ("x" * (1 << 17), "larger than"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    result = run("photos", "--config", path, "-o", tmp_path / "run")
+    assert result.exit_code == 2
+    assert words in result.output.replace("\n", " ")
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        read_settings(path, {"epochs"})
+
+
+def test_the_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    result = run("photos", "--config", tmp_path / "none.yaml", "-o", tmp_path / "run")
+    assert result.exit_code == 2 and "none.yaml" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--teacher", "a", "--student", "b", "-o", "x"), "name the images"),
+        (("photos", "--student", "b", "-o", "x"), "--teacher"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--judge-split", "s.csv"), "--judge"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--views", 0), "views"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--whitening", 3), "whitening"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--epochs", -1), "epochs"),
+    ],
+)
+def test_commands_that_make_no_sense_are_refused(arguments: tuple[object, ...], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_a_store_without_labels_is_no_judge(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    from embedkit.finetuning.judging import judge_backbone
+
+    backbone = ek.Backbone.load(tiny_backbone)
+    store = ek.extract(photos / "cat", tmp_path / "a.h5", backbone)
+    with pytest.raises(ValueError, match="no labels"):
+        judge_backbone(backbone, store, tmp_path / "b.h5")
+
+
+def test_a_judge_whose_images_are_gone_is_named(tmp_path: Path, tiny_backbone: Path) -> None:
+    from embedkit.finetuning.judging import judge_backbone
+    from tests.conftest import write_photos
+
+    photos, backbone = write_photos(tmp_path / "photos", per_class=6), ek.Backbone.load(tiny_backbone)
+    store = ek.extract(photos, tmp_path / "a.h5", backbone)
+    (photos / "dog" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 12 images .* 'dog/1\.jpg'"):
+        judge_backbone(backbone, store, tmp_path / "b.h5")
+
+
+def test_it_is_a_command_with_help() -> None:
+    assert isinstance(distill, click.Command)
+    assert "--teacher" in run("--help").output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -96,10 +97,9 @@ def make_optimiser(groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
     FinetuneError
         When there is no such optimiser here, or it cannot work with one backward pass an update.
     """
-    import_timm()  # It sees to it that the next line can be.
-    from timm import optim
-
-    known = optim.list_optimizers()
+    import_timm()
+    optim = import_module("timm.optim")
+    known: list[str] = optim.list_optimizers()
     name = recipe.opt.lower().removeprefix("lookahead_")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["sgd", "adamw", "rmsprop"]

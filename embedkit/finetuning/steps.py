@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from embedkit.finetuning.norms import fold_pairs
+from embedkit.finetuning.shares import sum_gradients
+from embedkit.finetuning.ways import way_of
+
 if TYPE_CHECKING:
     from embedkit.finetuning.feed import TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
+_AT_ONCE = 8  # Images that one thread computes together, as in an extraction.
 # Raised by the accelerator's allocator, or by the system's.
 _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
@@ -27,6 +32,8 @@ def accumulate(
     scale: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Add the gradients of a mean loss to the parameters, piece by piece.
+
+    On a processor, a piece whose images have nothing to do with one another is shared out: see `sum_gradients`.
 
     Parameters
     ----------
@@ -48,16 +55,29 @@ def accumulate(
     Tensor
         The mean loss (), not scaled.
     """
-    device = next(trainee.parameters()).device
-    whole = torch.zeros((), device=device)
-    for piece in pieces:
+
+    def loss_of(piece: TrainBatch) -> Tensor:
         with context():
             embeddings = trainee.embed(piece.pixels)  # (b, 3, h, w) -> (b, d)
             outputs = trainee.head(embeddings)  # (b, d) -> (b, c)
-        loss = criterion(outputs.float(), embeddings.float(), piece) * (len(piece.rows) / total)
-        scale(loss).backward()  # type: ignore[no-untyped-call]
-        whole += loss.detach()
-    return whole
+        loss: Tensor = criterion(outputs.float(), embeddings.float(), piece)
+        return loss * (len(piece.rows) / total)
+
+    way = way_of(trainee, pieces[0].pixels)
+    learning = [each for each in (*trainee.parameters(), *criterion.parameters()) if each.requires_grad]
+    shares: list[list[TrainBatch]] = [list(pieces)]
+    if way.is_divisible and getattr(criterion, "adds_up", False):
+        shares = in_shares(pieces, torch.get_num_threads())
+    return sum_gradients(shares, loss_of, learning, folded=fold_pairs(way.pairs), scale=scale)
+
+
+def in_shares(pieces: Sequence[TrainBatch], count: int) -> list[list[TrainBatch]]:
+    """Return an equal share of the images for each of `count` threads, in parts that their caches hold."""
+    shares: list[list[TrainBatch]] = [[] for _ in range(count)]
+    for piece in pieces:
+        for share, part in zip(shares, in_pieces([piece], -(-len(piece.rows) // count)), strict=False):
+            share += in_pieces([part], _AT_ONCE)
+    return shares
 
 
 def in_pieces(batches: Sequence[TrainBatch], most: int) -> Iterator[TrainBatch]:

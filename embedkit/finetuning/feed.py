@@ -18,6 +18,7 @@ from embedkit.errors import FinetuneError, ImageError
 from embedkit.extraction.computing import read_entry
 from embedkit.finetuning.mixing import mix_batch
 from embedkit.finetuning.ordering import count_steps, epoch_order, in_steps, shard_of
+from embedkit.finetuning.policies import policy_of
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.transforms import read_variant
 from embedkit.images import MAX_PIXELS, Region, read_crop
@@ -107,7 +108,7 @@ class Feed:
     Raises
     ------
     FinetuneError
-        When there are no images, or not a code for each.
+        When there are no images, not a code for each, or timm does not understand the policy.
 
     Examples
     --------
@@ -141,6 +142,8 @@ class Feed:
             raise FinetuneError(f"{len(entries)} images cannot have {len(codes)} classes; expected one for each")
         if not 0 <= rank < world:
             raise FinetuneError(f"there is no process {rank} among {world}, which are counted from 0")
+        if recipe.augmentation.aa:
+            policy_of(recipe.augmentation.aa, preprocessing)  # What timm does not understand is said at once.
         self.entries, self.preprocessing, self.recipe = entries, preprocessing, recipe
         self.codes = np.full(len(entries), -1) if codes is None else np.asarray(codes, dtype=np.int64)
         self.classes = classes or max(0, int(self.codes.max()) + 1)

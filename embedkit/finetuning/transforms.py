@@ -13,6 +13,7 @@ import torch
 from embedkit.backbones import import_timm
 from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.geometry import View, draw_view, enough_for, take_view
+from embedkit.finetuning.policies import policy_of
 from embedkit.images import MAX_PIXELS, read_crop, read_scaled
 from embedkit.spec import Preprocessing
 
@@ -91,7 +92,7 @@ def read_variant(
 
 
 def vary(crop: Pixels, preprocessing: Preprocessing, augmentation: Augmentation, random: np.random.Generator) -> Pixels:
-    """Vary the colours of a crop, and erase a part of it.
+    """Vary a crop by a policy, vary its colours, and erase a part of it.
 
     Parameters
     ----------
@@ -104,6 +105,8 @@ def vary(crop: Pixels, preprocessing: Preprocessing, augmentation: Augmentation,
     random : numpy Generator
         What the chances are drawn from.
     """
+    if augmentation.aa:
+        crop = policy_of(augmentation.aa, preprocessing)(crop, random)
     if augmentation.brightness or augmentation.contrast or augmentation.saturation or augmentation.hue:
         crop = _jittered(crop, augmentation, random)
     if augmentation.channel_shift:

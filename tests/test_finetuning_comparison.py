@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from embedkit.errors import FinetuneError
 from embedkit.finetuning.comparison import BeforeAfter, Change, classifier_report, compare_stores, retrieval_within
 from embedkit.index import retrieval_report
 from embedkit.spec import EmbeddingSpec
@@ -96,3 +98,16 @@ def test_retrieval_leaves_out_classes_of_one_image() -> None:
     found = retrieval_within(x, np.array([0, 0, 1, 2]))
     assert found["rows"].tolist() == [0, 1] and found["recall@1"].tolist() == [1, 1]
     assert not len(retrieval_within(x, np.arange(4))["recall@1"])
+
+
+def test_a_comparison_is_read_again_and_a_strange_one_is_refused(tmp_path: Path, split: str) -> None:
+    before, after = write_store(tmp_path / "a.h5", 1.0, weights="ab"), write_store(tmp_path / "b.h5", 4.0, weights="cd")
+    found = compare_stores(before, after, split, ("train", "val", "val"))
+    again = BeforeAfter.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.to_text() == found.to_text() and again.changes == found.changes
+    strange = found.to_dict()["changes"][0] | {"name": "k-NN\x1b[31m"}
+    shown = BeforeAfter.from_dict({"changes": [strange], "part": "val", "chosen_on": False}).to_text()
+    assert "\x1b" not in shown and r"k-NN\x1b[31m" in shown
+    for wrong in ({}, {"changes": [1]}, {"changes": [{**strange, "interval": 3}], "part": "", "chosen_on": 1}):
+        with pytest.raises(FinetuneError, match="not the comparison of a run"):
+            BeforeAfter.from_dict(wrong)

@@ -1,5 +1,7 @@
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -99,6 +101,17 @@ def test_the_account_is_json() -> None:
     assert values["comparison"]["verdict"] == "fine-tuning helped: classifier rose"
     assert values["history"]["epochs"][1]["rates"]["stem"] == pytest.approx(2e-6)
     assert values["after"]["top1"] == 1.0 and values["recipe"]["body_lr"] == 0.25
+
+
+def test_numbers_that_are_none_end_neither_page_nor_json() -> None:
+    given = account()
+    rows = tuple(replace(row, metrics={"top1": math.nan, "loss": math.inf}) for row in given.history.epochs)
+    broken = replace(given, history=History(rows, 1))
+    assert broken.to_dict()["history"]["epochs"][0]["metrics"] == {"top1": None, "loss": None}
+    json.dumps(broken.to_dict(), allow_nan=False)
+    page = run_page(broken)
+    read(page)
+    assert "<circle" in page  # The training loss.
 
 
 def test_curves_lie_where_their_values_are() -> None:

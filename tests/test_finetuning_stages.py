@@ -249,3 +249,17 @@ def test_a_loss_of_metric_learning_is_judged_by_retrieval_and_gets_its_head_afte
     names = [change["name"] for change in values["comparison"]["changes"]]
     assert names == ["linear probe", "k-NN", "recall@1", "mAP@R"] and values["after"]["top1"] == 1.0
     assert all(one.labels[0] == one.id.partition("/")[0] for one in ek.predict(tmp_path / "run" / "head", photos))
+
+
+def test_two_processes_train_together_and_one_speaks(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedkit",
+        "finetune", str(photos), "-m", str(tiny_backbone), "-o", str(tmp_path / "run"), "--epochs", "2", "-b", "4",
+        "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.count("classifier") == 2  # In the table and in the verdict.
+    assert done.stderr.count("epoch 2 of 2: loss") == 1
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert values["circumstances"]["processes"] == "2" and len(values["history"]["epochs"]) == 2
+    assert ek.Backbone.load(tmp_path / "run", device="cpu").spec == ek.Store.open(tmp_path / "run" / "after.h5").spec

@@ -219,6 +219,8 @@ def finetune(
     splits = {name: choices.pop(name) for name in ("split", "train_split", "val_split", "test_split")}
     others = {name: choices.pop(name) for name in ("reextract", "tensorboard", "wandb", "wandb_offline", "overwrite")}
     selection = source_arguments(choices)
+    if splits["split"] is None and (splits["val_split"] or splits["test_split"] or splits["train_split"] != "train"):
+        raise click.UsageError("--train-split, --val-split and --test-split are names of --split")
     if splits["split"] is not None and any(selection[name] for name in ("sample", "include", "exclude")):
         raise click.UsageError("--split says which images to take; leave --sample, --include and --exclude out")
     with printing.saying_when_long("listing the images", quiet):
@@ -306,11 +308,12 @@ def _print_report(output: Path, *, as_json: bool, quiet: bool) -> int:
     values = folder.read_report()
     if as_json:
         click.echo(json.dumps(values))
-    elif values["comparison"] is None:
+    elif values.get("comparison") is None:
         click.echo(f"{output}: adapted; nothing was compared")
     else:
         click.echo(BeforeAfter.from_dict(values["comparison"]).to_text(), nl=False)
     printing.notice(f"backbone: {output}; head: {folder.head}; page: {folder.page}", quiet)
-    for failure in values["failures"][: printing.SHOWN_FAILURES]:
+    failures = list(values.get("failures") or ())
+    for failure in failures[: printing.SHOWN_FAILURES]:
         printing.notice(f"failed: {failure}", quiet)
-    return 3 if values["failures"] else 0
+    return 3 if failures else 0

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.evaluation.columns import align_columns
+from embedkit.errors import FinetuneError
+from embedkit.evaluation.columns import align_columns, short_name
 from embedkit.evaluation.comparing import LEVEL, adjust, compare
 from embedkit.evaluation.probing import probe
 from embedkit.evaluation.reports import Report
 from embedkit.index.ranking import first_rows, ranked_metrics
 from embedkit.store import Store
-from embedkit.text import counted
+from embedkit.text import counted, printable
 
 BLOCK_BYTES = 64 << 20  # Of the scores of a block of queries.
 
@@ -60,6 +61,15 @@ class Change:
     adjusted_p_value: float
     test: str
     rows: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Change:
+        """Return a change of JSON values; whatever is of another type is an error."""
+        low, high = values["interval"]
+        return cls(
+            str(values["name"]), float(values["before"]), float(values["after"]), [float(low), float(high)],
+            float(values["p_value"]), float(values["adjusted_p_value"]), str(values["test"]), int(values["rows"]),
+        )  # fmt: skip
 
     @property
     def difference(self) -> float:
@@ -125,10 +135,18 @@ class BeforeAfter:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BeforeAfter:
-        """Return what `to_dict` wrote, without the reports."""
-        names = [each.name for each in fields(Change)]
-        changes = [Change(**{name: one[name] for name in names}) for one in values["changes"]]
-        return cls(changes, str(values["part"]), bool(values["chosen_on"]))
+        """Return what `to_dict` wrote, without the reports.
+
+        Raises
+        ------
+        FinetuneError
+            When values are missing or of another type. They may come from a stranger.
+        """
+        try:
+            changes = [Change.from_dict(one) for one in values["changes"]]
+            return cls(changes, str(values["part"]), bool(values["chosen_on"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FinetuneError(f"this is not the comparison of a run: {error!r}") from error
 
     def to_text(self) -> str:
         """Return the comparison as plain text for a terminal."""
@@ -136,10 +154,11 @@ class BeforeAfter:
         for change in self.changes:
             low, high = change.interval
             rows.append([
-                change.name, f"{change.before:.4f}", f"{change.after:.4f}", f"{change.difference:+.4f}",
+                short_name(change.name), f"{change.before:.4f}", f"{change.after:.4f}", f"{change.difference:+.4f}",
                 f"[{low:+.4f}, {high:+.4f}]", f"{change.adjusted_p_value:.2g}", "*" if change.real else "",
             ])  # fmt: skip
-        return "\n".join([*align_columns(rows, "<>>><><"), "", self.verdict, self.caveat]) + "\n"
+        said = [printable(self.verdict), printable(self.caveat)]
+        return "\n".join([*align_columns(rows, "<>>><><"), "", *said]) + "\n"
 
 
 def compare_stores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,9 @@ from embedkit.text import counted, printable
 PICTURES = 120
 CHANGED = 24  # Of those that are right now, and of those that are wrong now.
 LEGEND = 12
-CLASSES = 40
+CLASSES = 40  # Of a table; report.json has all.
+MATRIX_CLASSES = 200  # Of a confusion in report.json.
+FAILURES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +80,17 @@ class Account:
             "title": self.title, "parent": dict(self.parent), "recipe": self.recipe.to_dict(),
             "images": dict(self.images), "warmup": dict(self.warmup), "history": self.history.to_dict(),
             "comparison": None if self.comparison is None else self.comparison.to_dict(),
-            "leaks": {part: leaks.summary() for part, leaks in self.leaks.items()}, "failures": list(self.failures),
+            "leaks": {part: leaks.summary() for part, leaks in self.leaks.items()},
+            "failed": len(self.failures), "failures": list(self.failures[:FAILURES]),
             "parameters": [dict(row) for row in self.parameters], "seconds": dict(self.seconds),
             "circumstances": dict(self.circumstances),
         }  # fmt: skip
         for label, report in self._reports():
-            values[label] = report.to_dict()["metrics"]
-        plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+            metrics = dict(report.metrics)
+            if len(report.classes) > MATRIX_CLASSES:
+                metrics["confusion"] = None
+            values[label] = metrics
+        plain: dict[str, Any] = _finite(json.loads(json.dumps(values)))
         return plain
 
     def _reports(self) -> Iterator[tuple[str, Report]]:
@@ -92,6 +99,15 @@ class Account:
             yield "before", found.before
         if found is not None and found.after is not None:
             yield "after", found.after
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with null in place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_page(account: Account, store: Store | None = None) -> str:
@@ -172,7 +188,10 @@ def _curves(history: History, recipe: Recipe) -> str:
 
 
 def _metric_lines(rows: Sequence[EpochRow], names: Sequence[str], first: int) -> list[Line]:
-    found = [(metric, [(row.epoch, row.metrics[metric]) for row in rows if metric in row.metrics]) for metric in names]
+    found = [
+        (metric, [(row.epoch, row.metrics[metric]) for row in rows if math.isfinite(row.metrics.get(metric, math.nan))])
+        for metric in names
+    ]
     return [Line(f"validation {metric}", points, first + at) for at, (metric, points) in enumerate(found) if points]
 
 

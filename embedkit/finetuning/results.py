@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,7 +96,7 @@ def _save(job: Job, history: History) -> None:
     best, spec = history.best, job.backbone.spec
     save_backbone(
         job.folder.path, job.trainee.network, spec, classes=job.classes, parents=[spec], recipe=job.recipe.to_dict(),
-        metrics={} if best is None else dict(best.metrics),
+        metrics={} if best is None else {name: value for name, value in best.metrics.items() if math.isfinite(value)},
         information={**job.identity, "epoch": history.best_epoch, "parts": job.division.summary()},
     )  # fmt: skip
 
@@ -154,8 +156,15 @@ def _compared(job: Job, before: Store, after: Store | None, trained: Report) -> 
 
 def _circumstances(job: Job) -> dict[str, str]:
     return {
-        "command": shlex.join(["embedkit", *sys.argv[1:]]) if sys.argv[0].endswith("embedkit") else "",
+        "command": _command(),
         "device": str(job.backbone.device), "processes": str(job.world.size), "machine": machine_name(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }  # fmt: skip
+
+
+def _command() -> str:
+    """Return what was typed, where that was a command of ours."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "embedkit" or (program.parent.name, program.stem) == ("embedkit", "__main__")
+    return shlex.join(["embedkit", *sys.argv[1:]]) if ours else ""

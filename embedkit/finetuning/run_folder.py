@@ -15,7 +15,7 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.spec import flat
 
 FORMAT, VERSION = "embedkit-finetuning", 1
-MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 64 << 20
 SHOWN = 8
 
 # Everything that a run writes; nothing else is ever removed.
@@ -89,14 +89,14 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any]:
         """Return what `write_report` wrote."""
-        return _read(self.report)
+        return read_object(self.report)
 
     def _names(self) -> list[str]:
         return os.listdir(self.path) if self.path.is_dir() else []
 
     def _differences(self, wanted: Mapping[str, Any]) -> list[str]:
         """Return lines that say what is otherwise in the run that lies here."""
-        found = _read(self.recipe)
+        found = read_object(self.recipe)
         left, right = (flat({name: one.get(name) or {} for name in wanted}) for one in (found, wanted))
         return [
             f"\n  {name}: {left.get(name)!r} there, {right.get(name)!r} now"
@@ -123,8 +123,14 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file that a run wrote."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file that a run wrote.
+
+    Raises
+    ------
+    FinetuneError
+        When there is none, it is too large, or it is no such object. The file may come from a stranger.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many")

@@ -28,7 +28,7 @@ from embedkit.finetuning.losses import METRIC_LOSSES, class_batches, make_criter
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.recorders import Recorder, TensorBoardRecorder, WandbRecorder
 from embedkit.finetuning.results import conclude
-from embedkit.finetuning.run_folder import RunFolder
+from embedkit.finetuning.run_folder import RunFolder, read_object
 from embedkit.finetuning.trainee import make_trainee
 from embedkit.finetuning.training import resumable, train
 from embedkit.finetuning.validation import validate_classes
@@ -236,7 +236,7 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
     """Fit the head to the stored embeddings, and return how; where a run goes on, how it was."""
     recipe, kept = job.recipe, state_folder(job.folder.path) / "warmup.json"
     if resumable(job.folder.path, job.identity, recipe, world=job.world):
-        return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else {}
+        return read_object(kept) if kept.is_file() else {}
     if before is None or recipe.warmup_kind == "none" or recipe.loss in METRIC_LOSSES:
         return {"warm-up": "none"}
     train = job.division.train

@@ -28,7 +28,7 @@ from embedkit.finetuning.checkpoints import (
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     weights = torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last)
     tensors = {"a": weights, "tied": weights, "b": torch.arange(3), "c": torch.tensor(0.1, dtype=torch.float64)}
-    facts = {"rate": 0.1, "text": "ä", "none": None, "large": 2**60}
+    facts = {"identity": {}, "rate": 0.1, "text": "ä", "none": None, "large": 2**60}
     save_state(tmp_path / LAST, tensors, facts)
     found, read = load_state(tmp_path / LAST)
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
@@ -44,8 +44,9 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         ("[" * 100_000, "cannot be read"),
         ("[]", "not the state of a training run"),
         (json.dumps({"format": "embedkit-training", "version": 2}), "its version is 2, and this embedkit reads 1"),
+        (json.dumps({"format": "embedkit-training", "version": 1}), "does not say what run it is of"),
     ],
-    ids=["none", "broken", "deep", "other", "newer"],
+    ids=["none", "broken", "deep", "other", "newer", "anonymous"],
 )
 def test_a_file_that_is_no_state_is_refused_with_what_to_do(tmp_path: Path, facts: str, reason: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / LAST, metadata={"embedkit": facts})

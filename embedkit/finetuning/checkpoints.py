@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from embedkit.store.durable import ASIDE, aside, publish_over, write_durably
 
 FORMAT, VERSION = "embedkit-training", 1
 LAST = "last.safetensors"
-_MAX_JSON_BYTES = 64 << 20
 _SHOWN = 8  # Fields of two runs that differ.
 
 
@@ -68,17 +68,29 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     FinetuneError
         When the file is no state, is damaged, or is of a newer embedkit.
     """
+    facts = load_facts(path)
+    with _explaining(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """Return the facts of a state alone, however large it is; raise as `load_state` does."""
+    with _explaining(path), safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("embedkit", "")
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            raise ValueError("it is not the state of a training run")
+        if facts.get("version") != VERSION:
+            raise ValueError(f"its version is {facts.get('version')!r}, and this embedkit reads {VERSION}")
+        if not isinstance(facts.get("identity"), dict):
+            raise ValueError("it does not say what run it is of")
+        return facts
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("embedkit", "")
-            if len(text) > _MAX_JSON_BYTES:
-                raise ValueError("its facts are too long")
-            facts = json.loads(text)
-            if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-                raise ValueError("it is not the state of a training run")
-            if facts.get("version") != VERSION:
-                raise ValueError(f"its version is {facts.get('version')!r}, and this embedkit reads {VERSION}")
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+        yield
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FinetuneError(
             f"{path} cannot be read ({error}); remove the folder {path.parent} to begin the run again"

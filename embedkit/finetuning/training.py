@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.blocks import Block, set_trainable
-from embedkit.finetuning.checkpoints import LAST, check_identity, load_state, state_folder
+from embedkit.finetuning.checkpoints import LAST, check_identity, load_facts, state_folder
 from embedkit.finetuning.distributed import World
 from embedkit.finetuning.history import EpochRow, History, Moment
 from embedkit.finetuning.optimisers import set_rates
@@ -104,13 +104,13 @@ def train(
     """
     world = world or World()
     device = next(trainee.parameters()).device
-    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with _steady(device), ExitStack() as ending:
         run = begin(trainee, recipe, Path(folder), blocks, criterion, identity, world, device)
         judge = validate or _judge_of(validation, run)
         recorders = recorders if world.first else ()
         for recorder in recorders:
             recorder.begin(run.history.epochs)
+            ending.callback(recorder.close)
         for epoch in range(len(run.history.epochs) + 1, recipe.epochs + 1):
             if run.history.stopped:
                 break
@@ -118,10 +118,22 @@ def train(
             row = _validate_epoch(run, row, judge)
             for recorder in recorders:
                 recorder.record(row)
-        for recorder in recorders:
-            recorder.close()
         load_best(run)
     return run.history
+
+
+@contextmanager
+def _steady(device: torch.device) -> Iterator[None]:
+    """Leave the process's random numbers alone, and let cuDNN choose what gives the same sums each time."""
+    settings, accelerated = torch.backends.cudnn, device.type == "cuda"
+    before = settings.deterministic, settings.benchmark
+    number = torch.cuda.current_device() if accelerated and device.index is None else device.index
+    with torch.random.fork_rng([number] if accelerated else []):
+        settings.deterministic, settings.benchmark = True, False
+        try:
+            yield
+        finally:
+            settings.deterministic, settings.benchmark = before
 
 
 def _judge_of(validation: Feed | None, run: Run) -> Callable[[Trainee], dict[str, float]]:
@@ -143,7 +155,7 @@ def resumable(
     path = state_folder(folder) / LAST
     if not path.exists():
         return False
-    check_identity(path, load_state(path)[1]["identity"], identity_of(identity, recipe, world or World()))
+    check_identity(path, load_facts(path)["identity"], identity_of(identity, recipe, world or World()))
     return True
 
 
@@ -152,33 +164,38 @@ def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], 
     set_trainable(run.trainee, run.blocks, recipe, epoch)
     run.criterion.train()
     updates = -(-feed.steps // recipe.grad_accum_steps)
-    batches = feed.epoch(epoch)
     images, summed, before, skipped = 0, 0.0, None, 0
     rates: dict[str, float] = {}
     started = time.perf_counter()
-    for step in range(updates):
-        rates = set_rates(
-            run.optimiser, run.plateau.factor * rate_factor(recipe, (epoch - 1) * updates + step, updates)
-        )
-        # A step's chances are those of its number, so that a resumed run draws what an unbroken one would.
-        key = np.random.SeedSequence([recipe.seed, epoch, step, world.rank]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(key) & (2**63 - 1))
-        group = [on_device(batch, run.device) for batch in islice(batches, recipe.grad_accum_steps)]
-        count, loss, norm, left_out = _update(run, group)
-        skipped += left_out
-        # The numbers of the step before: looking at them does not wait for this one, where an accelerator computes.
-        summed += _checked(run, before, epoch, step)
-        before = (count, loss, norm)
-        images += count
-        if progress is not None and world.first:
-            progress(_moment(run, epoch, step, updates, images, summed, started))
-    assert next(batches, None) is None, "the feed gives more batches than it said"
+    with closing(feed.epoch(epoch)) as batches:
+        for step in range(updates):
+            factor = run.plateau.factor * rate_factor(recipe, (epoch - 1) * updates + step, updates)
+            rates = set_rates(run.optimiser, factor)
+            _seed(recipe.seed, epoch, step, world.rank)
+            group = [on_device(batch, run.device) for batch in islice(batches, recipe.grad_accum_steps)]
+            count, loss, norm, left_out = _update(run, group)
+            skipped += left_out
+            # Of the step before: a look at its numbers does not wait for this one, where an accelerator computes.
+            summed += _checked(run, before, epoch, step)
+            before = (count, loss, norm)
+            if progress is not None and world.first:
+                mean = summed / images if images else float(loss)
+                progress(_moment(run, epoch, (step + 1) / updates, images + count, mean, started))
+            images += count
+        assert next(batches, None) is None, "the feed gives more batches than it said"
     summed += _checked(run, before, epoch, updates)
     if not images:
-        raise FinetuneError(f"none of the {len(feed.failures)} training images can be read: {feed.failures[0]}")
+        first = f": {feed.failures[0]}" if feed.failures else ""
+        raise FinetuneError(f"none of the {len(feed.entries)} training images can be read{first}")
     seconds = time.perf_counter() - started
     failed = int(world.total(torch.tensor(len(feed.failures), device=run.device)))
     return EpochRow(epoch, summed / images, {}, rates, images, failed, seconds, run.at_once, skipped)
+
+
+def _seed(*numbers: int) -> None:
+    """Let a step's chances be those of its number: a resumed run draws what an unbroken one would."""
+    key = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(key) >> 1)
 
 
 def _update(run: Run, batches: Sequence[TrainBatch]) -> tuple[int, Tensor, Tensor, bool]:
@@ -190,9 +207,19 @@ def _update(run: Run, batches: Sequence[TrainBatch]) -> tuple[int, Tensor, Tenso
     if not images:
         return 0, loss, loss, False
     run.scaler.unscale_(run.optimiser)
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_grad or math.inf)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if recipe.clip_grad:
+        nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, norm)
     scale = run.scaler.get_scale()
-    run.scaler.step(run.optimiser)
+    try:
+        run.scaler.step(run.optimiser)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise FinetuneError(
+                "memory does not hold what the optimiser keeps; try --opt sgd, or fewer blocks to --unfreeze"
+            ) from error
+        raise
     run.scaler.update()
     left_out = run.scaler.get_scale() < scale
     if run.average is not None and not left_out:
@@ -239,12 +266,10 @@ def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, numb
     raise FinetuneError(f"{what} is no finite number in epoch {epoch}, update {number}; {kept}{_TRY}")
 
 
-def _moment(run: Run, epoch: int, step: int, updates: int, images: int, summed: float, started: float) -> Moment:
-    seconds = time.perf_counter() - started
-    share = (step + 1) / updates
-    left = seconds / share * (run.recipe.epochs - epoch + 1 - share) + run.validating * (run.recipe.epochs - epoch + 1)
-    total = round(images / share)
-    return Moment(epoch, run.recipe.epochs, images, total, summed / max(1, images), images / seconds, left)
+def _moment(run: Run, epoch: int, share: float, images: int, loss: float, started: float) -> Moment:
+    seconds, ahead = time.perf_counter() - started, run.recipe.epochs - epoch
+    left = seconds / share * (ahead + 1 - share) + run.validating * (ahead + 1)
+    return Moment(epoch, run.recipe.epochs, images, round(images / share), loss, images / seconds, left)
 
 
 def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str, float]]) -> EpochRow:

@@ -52,6 +52,7 @@ class CrossEntropy(nn.Module):
         batch add up to the whole of it.
     """
 
+    adds_up = True  # The mean of a batch is that of its parts' means, weighted by their images.
     weights: Tensor | None
 
     def __init__(self, smoothing: float = 0.0, class_weights: npt.NDArray[Any] | None = None) -> None:

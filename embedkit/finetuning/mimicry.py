@@ -48,6 +48,8 @@ class Mimicry(nn.Module):
     0.0
     """
 
+    adds_up = True  # The mean of a batch is that of its parts' means, weighted by their images.
+
     def __init__(self, widths: Sequence[int], kind: str = "cosine") -> None:
         super().__init__()
         if kind not in MIMICRIES:

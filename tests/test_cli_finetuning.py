@@ -107,6 +107,14 @@ def test_a_dry_run_counts_what_learns_and_writes_nothing(photos: Path, tiny_back
     assert sum(row["frozen"] for row in found) == 0
 
 
+def test_samples_of_an_augmentation_are_shown_and_nothing_is_trained(
+    photos: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "samples.html"
+    result = run(photos, "-m", tiny_backbone, "--show-augment", page, "--augment", "heavy", "--device", "cpu")
+    assert "data:image/jpeg;base64," in page.read_text() and f"page: {page}" in result.stderr and not result.stdout
+
+
 def test_a_run_prints_the_comparison_and_its_places(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
     command = (photos, "-m", tiny_backbone, "-o", tmp_path / "run", "--epochs", 1, "-b", 8, "--device", "cpu")
     result = run(*command)

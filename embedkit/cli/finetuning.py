@@ -276,7 +276,10 @@ def _preview(
     if page is not None:
         from embedkit.finetuning.samples_page import write_samples
 
-        write_samples(page, division.train.entries, backbone.preprocessing, recipe, codes=division.train.codes)
+        train = division.train
+        write_samples(
+            page, train.entries, backbone.preprocessing, recipe, codes=train.codes, max_pixels=backbone.max_pixels
+        )
         printing.notice(f"page: {page}")
 
 

@@ -172,7 +172,7 @@ def _turned(pixels: Pixels, view: View, preprocessing: Preprocessing) -> Pixels:
 
 def _sampled(part: Pixels, theta: torch.Tensor, preprocessing: Preprocessing) -> Pixels:
     tall, wide = preprocessing.img_size
-    planes = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1).unsqueeze(0).float()
+    planes = torch.from_numpy(np.require(part, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0).float()
     grid = functional.affine_grid(theta.unsqueeze(0), [1, 3, tall, wide], align_corners=False)
     mode = "bilinear" if preprocessing.interpolation == "bilinear" else "bicubic"
     if preprocessing.crop_mode == "border":
@@ -191,7 +191,7 @@ def _resize(pixels: Pixels, size: tuple[int, int], interpolation: str) -> Pixels
     """Resize by an antialiased filter; those that torch lacks are replaced by the one that is most like them."""
     if pixels.shape[:2] == size:
         return pixels
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0)
+    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0)
     mode = "bilinear" if interpolation in ("bilinear", "box", "hamming", "nearest") else "bicubic"
     resized = functional.interpolate(planes, size=size, mode=mode, antialias=True)
     return np.asarray(resized[0].permute(1, 2, 0).numpy())

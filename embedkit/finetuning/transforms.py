@@ -121,7 +121,7 @@ def vary(crop: Pixels, preprocessing: Preprocessing, augmentation: Augmentation,
 def _jittered(crop: Pixels, augmentation: Augmentation, random: np.random.Generator) -> Pixels:
     """Change brightness, contrast, saturation and hue in an order drawn by lot, as torchvision's ColorJitter does."""
     functions = _colour_functions()
-    planes = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+    planes = torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1)
     for name in random.permutation(("brightness", "contrast", "saturation", "hue")).tolist():
         most = getattr(augmentation, name)
         if most:

@@ -380,3 +380,18 @@ def test_dropping_most_of_a_store_is_said_aloud(
     assert "are dropped" not in caplog.text
     extract(list_images(photos, limit=5), tmp_path / "s.h5", backbone)
     assert "15 of the store's 20 rows are dropped" in caplog.text
+
+
+def test_a_store_names_its_parent_and_keeps_it_through_an_update(
+    photos: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    parent = extract(tmp_path / "photos", tmp_path / "parent.h5", backbone)
+    child = extract(tmp_path / "photos", tmp_path / "child.h5", backbone, parent=parent)
+    assert child.information["parent"] == {
+        "path": str(parent.path), "content_id": parent.content_id, "digest": parent.digest,
+    }  # fmt: skip
+    assert "parent" not in parent.information and child.content_id == parent.content_id
+    (tmp_path / "photos" / "cat" / "1.jpg").unlink()
+    updated = extract(tmp_path / "photos", tmp_path / "child.h5", backbone)
+    assert len(updated) == len(child) - 1 and updated.information["parent"] == child.information["parent"]

@@ -241,8 +241,10 @@ class _Settling:
         return max(self.batch_size, rows)
 
     def remember_earlier(self) -> None:
-        """Carry on the engine of a store that is updated: its rows stay, whatever else is computed."""
+        """Carry on the engine of a store that is updated: its rows stay, whatever else is computed; and its parent."""
         information, self._rows = self.run.earlier
+        if "parent" in information and "parent" not in self.run.header.information:
+            self.run.remember({"parent": information["parent"]})
         self._engine = str(information.get("engine", "auto"))
         if str(information.get("device", "")).partition(":")[0] != self.backbone.device.type:
             self._engine = "auto"

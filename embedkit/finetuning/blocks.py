@@ -23,7 +23,8 @@ class Block:
     Attributes
     ----------
     name : str
-        The modules that they lie in, such as ``layer4.1`` or ``blocks.6.0 + conv_head + bn2``.
+        The modules that they lie in, such as ``layer4.1`` or ``blocks.6.0 + conv_head + bn2``. Each is a pattern that
+        names it.
     depth : int
         How many blocks lie between this one and the head; 0 for the last.
     parameters : tuple of str
@@ -88,9 +89,10 @@ def blocks_of(trainee: Trainee) -> tuple[Block, ...]:
     if len(ordered) > 1 and all(trainee.get_parameter(_BODY + name).ndim <= 1 for name in ordered[-1]):
         norms = ordered.pop()
         ordered[-1] += norms
-    last = len(ordered) - 1
+    named = zip(_names(ordered), ordered, strict=True)
     return tuple(
-        Block(_name(names), last - place, tuple(_BODY + name for name in names)) for place, names in enumerate(ordered)
+        Block(text, len(ordered) - place, tuple(_BODY + name for name in names))
+        for place, (text, names) in enumerate(named, 1)
     )
 
 
@@ -186,23 +188,37 @@ def _chosen(block: Block, recipe: Recipe) -> frozenset[str]:
 
 def _matches(name: str, pattern: str) -> bool:
     """Return whether a pattern names a parameter or a module that it lies in."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(name))
 
 
-def _name(parameters: Sequence[str]) -> str:
-    """Return the modules that parameters lie in, each child of the network as far down as its own have in common."""
-    children: dict[str, list[list[str]]] = {}
-    for name in parameters:
-        path = name.split(".")
-        children.setdefault(path[0], []).append(path[:-1] or path)
-    names = [".".join(_shared(paths)) for paths in children.values()]
-    more = f" + {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return " + ".join(names[:_NAMED]) + more
+def _names(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return the modules that make up each group: the largest in which nothing of another group lies."""
+    owners: dict[str, set[int]] = {}
+    for number, names in enumerate(groups):
+        for name in names:
+            for prefix in _prefixes(name):
+                owners.setdefault(prefix, set()).add(number)
+    texts = []
+    for names in groups:
+        modules: dict[str, list[str]] = {}
+        for name in names:
+            whole = next((prefix for prefix in _prefixes(name) if len(owners[prefix]) == 1), name)
+            modules.setdefault(whole, []).append(name)
+        found = [_shared(inside) for inside in modules.values()]
+        more = f" + {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        texts.append(" + ".join(found[:_NAMED]) + more)
+    return texts
 
 
-def _shared(paths: list[list[str]]) -> list[str]:
-    """Return the beginning that paths have in common."""
+def _shared(names: Sequence[str]) -> str:
+    """Return the innermost module in which all of these parameters lie, or the one parameter of a network's own."""
+    paths = [name.split(".") for name in names]
     low, high = min(paths), max(paths)  # All others lie between these two.
-    length = next((place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return low[:length]
+    length = next((place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low) - 1)
+    return ".".join(low[: max(1, length)])
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the modules that a parameter lies in, from the outermost, and itself."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

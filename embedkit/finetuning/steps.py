@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.finetuning.norms import fold_pairs
+from embedkit.finetuning.replicas import lend_replicas, return_replicas
 from embedkit.finetuning.shares import sum_gradients
 from embedkit.finetuning.ways import way_of
 
@@ -56,27 +57,40 @@ def accumulate(
         The mean loss (), not scaled.
     """
 
-    def loss_of(piece: TrainBatch) -> Tensor:
+    def loss_of(part: tuple[Trainee, TrainBatch]) -> Tensor:
+        network, piece = part
         with context():
-            embeddings = trainee.embed(piece.pixels)  # (b, 3, h, w) -> (b, d)
-            outputs = trainee.head(embeddings)  # (b, d) -> (b, c)
+            embeddings = network.embed(piece.pixels)  # (b, 3, h, w) -> (b, d)
+            outputs = network.head(embeddings)  # (b, d) -> (b, c)
         loss: Tensor = criterion(outputs.float(), embeddings.float(), piece)
         return loss * (len(piece.rows) / total)
 
     way = way_of(trainee, pieces[0].pixels)
     learning = [each for each in (*trainee.parameters(), *criterion.parameters()) if each.requires_grad]
-    shares: list[list[TrainBatch]] = [list(pieces)]
-    if way.is_divisible and getattr(criterion, "adds_up", False):
-        shares = in_shares(pieces, torch.get_num_threads())
-    return sum_gradients(shares, loss_of, learning, folded=fold_pairs(way.pairs), scale=scale)
+    folded, threads = fold_pairs(way.pairs), torch.get_num_threads()
+    # The statistics of a single image are none.
+    enough = not way.takes_statistics or min(len(piece.rows) for piece in pieces) >= 2 * threads
+    if not (way.is_divisible and enough and getattr(criterion, "adds_up", False)):
+        return sum_gradients([[(trainee, piece) for piece in pieces]], loss_of, learning, folded=folded, scale=scale)
+    if not way.takes_statistics:
+        shares = in_shares(pieces, threads)
+        parts = [[(trainee, piece) for piece in share] for share in shares]
+        return sum_gradients(parts, loss_of, learning, folded=folded, scale=scale)
+    # Statistics want as many images as there are: a share is not cut further. Its folds are the trainee's, not theirs.
+    shares = in_shares(pieces, threads, at_once=None)
+    replicas = lend_replicas(trainee, threads)
+    parts = [[(replica, piece) for piece in share] for replica, share in zip(replicas, shares, strict=True)]
+    loss = sum_gradients(parts, loss_of, learning, scale=scale)
+    return_replicas(trainee, replicas, [sum(len(piece.rows) for piece in share) for share in shares])
+    return loss
 
 
-def in_shares(pieces: Sequence[TrainBatch], count: int) -> list[list[TrainBatch]]:
+def in_shares(pieces: Sequence[TrainBatch], count: int, at_once: int | None = _AT_ONCE) -> list[list[TrainBatch]]:
     """Return an equal share of the images for each of `count` threads, in parts that their caches hold."""
     shares: list[list[TrainBatch]] = [[] for _ in range(count)]
     for piece in pieces:
         for share, part in zip(shares, in_pieces([piece], -(-len(piece.rows) // count)), strict=False):
-            share += in_pieces([part], _AT_ONCE)
+            share += [part] if at_once is None else in_pieces([part], at_once)
     return shares
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from embedkit.finetuning.norms import Pair, find_pairs
+from embedkit.finetuning.replicas import lend_replicas, takes_statistics
 
 if TYPE_CHECKING:
     from embedkit.finetuning.trainee import Trainee
@@ -30,11 +30,14 @@ class Way:
         Normalisations that can be worked into convolutions while their statistics are frozen.
     is_divisible : bool
         Whether a batch may be computed in parts, by several threads at once: on a processor, when nothing draws by
-        chance, from numbers that all threads share, and no statistics are taken of a whole batch.
+        chance, from numbers that all threads share.
+    takes_statistics : bool
+        Whether they need replicas for it, because statistics are taken of what a thread computes.
     """
 
     pairs: Sequence[Pair]
     is_divisible: bool
+    takes_statistics: bool
 
 
 _ways: weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], Way]] = weakref.WeakKeyDictionary()
@@ -55,7 +58,7 @@ def way_of(trainee: Trainee, pixels: Tensor) -> Way:
     if modes not in known:
         examples = pixels[:_EXAMPLES]
         pairs = next(iter(known.values())).pairs if known else _pairs(trainee, examples)
-        known[modes] = Way(pairs, _is_divisible(trainee, examples))
+        known[modes] = Way(pairs, _is_divisible(trainee, examples), takes_statistics(trainee))
     return known[modes]
 
 
@@ -67,11 +70,10 @@ def _pairs(trainee: Trainee, examples: Tensor) -> list[Pair]:
 def _is_divisible(trainee: Trainee, examples: Tensor) -> bool:
     if examples.device.type != "cpu":
         return False
-    if any(module.training for module in trainee.modules() if isinstance(module, _BatchNorm)):
-        return False
+    (replica,) = lend_replicas(trainee, 1)  # Whose statistics may move.
     before = torch.get_rng_state()
     with torch.no_grad():
-        trainee(examples)
+        replica(examples)
     after = torch.get_rng_state()
     torch.set_rng_state(before)
     return torch.equal(before, after)

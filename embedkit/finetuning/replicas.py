@@ -44,8 +44,8 @@ def lend_replicas(trainee: Trainee, count: int) -> list[Trainee]:
     for replica in found[:count]:
         for own, other in zip(trainee.modules(), replica.modules(), strict=True):
             other.training = own.training
-        for own, other in zip(statistics_of(trainee), statistics_of(replica), strict=True):
-            other.copy_(own)
+        for now, before in zip(statistics_of(trainee), statistics_of(replica), strict=True):
+            before.copy_(now)
     return found[:count]
 
 

@@ -93,11 +93,12 @@ def _transform(text: str, preprocessing: Preprocessing) -> Any:
     from timm.data import auto_augment
     from timm.data.transforms import str_to_pil_interp
 
+    mode = "bilinear" if preprocessing.interpolation == "bilinear" else "bicubic"
     settings = {
         "translate_const": int(_TRANSLATED * min(preprocessing.img_size)),
         "img_mean": tuple(min(255, round(255 * value)) for value in preprocessing.mean),
         # Named, because timm would draw one of two while it works.
-        "interpolation": str_to_pil_interp("bilinear" if preprocessing.interpolation == "bilinear" else "bicubic"),
+        "interpolation": str_to_pil_interp(mode),  # type: ignore[no-untyped-call]
     }
     if text.startswith("rand"):
         return auto_augment.rand_augment_transform(text, settings)

@@ -84,7 +84,7 @@ def write_samples(
     samples = _chosen(entries, codes, recipe.seed)
     parts = [
         _together(samples, preprocessing, recipe, max_pixels), _mixed(samples, preprocessing, recipe, max_pixels),
-        _alone(samples[0], preprocessing, recipe, max_pixels),
+        _alone(max(samples, key=_colourfulness), preprocessing, recipe, max_pixels),
     ]  # fmt: skip
     augmentation = recipe.augmentation
     chosen = [each.name for each in fields(augmentation) if _differs(augmentation, each.name)]
@@ -188,6 +188,12 @@ def _variants(
         yield read_variant(
             sample.data, preprocessing, augmentation, random, id=sample.entry.id, max_pixels=max_pixels
         )  # fmt: skip
+
+
+def _colourfulness(sample: _Sample) -> float:
+    """Return how far the channels of an image lie apart: on a grey one, changed colours cannot be seen."""
+    crop = read_crop(sample.data, Preprocessing(img_size=(32, 32)), id=sample.entry.id)
+    return float(np.ptp(crop.astype(np.int16), axis=2).mean())
 
 
 def _differs(augmentation: Augmentation, setting: str) -> bool:

@@ -98,7 +98,7 @@ class Moment:
     epoch, epochs : int
         The one that is under way, from 1, and all.
     images, total : int
-        Training images that it is through with, and all that it has, in all processes.
+        Training images that it is through with, as its updates go, and all there are.
     loss : float
         Mean since the epoch began.
     images_per_second : float

@@ -17,6 +17,8 @@ from torch import Tensor
 from embedkit.finetuning.norms import Folded, standing_in
 
 Part = TypeVar("Part")
+Share = TypeVar("Share")
+Made = TypeVar("Made")
 
 
 def sum_gradients(
@@ -63,7 +65,7 @@ def sum_gradients(
         return total, gradients
 
     with standing_in(inside):
-        results = _at_once([share for share in shares if share], compute)
+        results = at_once([share for share in shares if share], compute)
     total, gradients = results[0]
     for loss, more in results[1:]:
         total, gradients = total + loss, _added(gradients, more)
@@ -74,10 +76,16 @@ def sum_gradients(
     return total
 
 
-def _at_once(
-    shares: Sequence[Sequence[Part]], compute: Callable[[Sequence[Part]], tuple[Tensor, list[Tensor | None]]]
-) -> list[tuple[Tensor, list[Tensor | None]]]:
-    """Return what becomes of each share, in their order; a single one is computed with all threads."""
+def at_once(shares: Sequence[Share], compute: Callable[[Share], Made]) -> list[Made]:
+    """Return what becomes of each share, in their order; a single one is computed with all threads.
+
+    Parameters
+    ----------
+    shares : sequence
+        What each thread computes.
+    compute : callable
+        Called in threads, each of which computes by itself.
+    """
     if len(shares) == 1:
         return [compute(shares[0])]
     threads = torch.get_num_threads()

@@ -180,7 +180,7 @@ def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], 
             before = (count, loss, norm)
             if progress is not None and world.first:
                 mean = summed / images if images else float(loss)
-                progress(_moment(run, epoch, (step + 1) / updates, images + count, mean, started))
+                progress(_moment(run, feed, epoch, (step + 1) / updates, images + count, mean, started))
             images += count
         assert next(batches, None) is None, "the feed gives more batches than it said"
     summed += _checked(run, before, epoch, updates)
@@ -266,10 +266,10 @@ def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, numb
     raise FinetuneError(f"{what} is no finite number in epoch {epoch}, update {number}; {kept}{_TRY}")
 
 
-def _moment(run: Run, epoch: int, share: float, images: int, loss: float, started: float) -> Moment:
-    seconds, ahead = time.perf_counter() - started, run.recipe.epochs - epoch
+def _moment(run: Run, feed: Feed, epoch: int, share: float, images: int, loss: float, started: float) -> Moment:
+    seconds, ahead, total = time.perf_counter() - started, run.recipe.epochs - epoch, len(feed.entries)
     left = seconds / share * (ahead + 1 - share) + run.validating * (ahead + 1)
-    return Moment(epoch, run.recipe.epochs, images, round(images / share), loss, images / seconds, left)
+    return Moment(epoch, run.recipe.epochs, round(total * share), total, loss, images / seconds, left)
 
 
 def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str, float]]) -> EpochRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.finetuning.distributed import World
-from embedkit.finetuning.steps import in_pieces, is_out_of_memory
+from embedkit.finetuning.norms import fold_pairs, standing_in
+from embedkit.finetuning.shares import at_once
+from embedkit.finetuning.steps import in_pieces, in_shares, is_out_of_memory, on_device
+from embedkit.finetuning.ways import way_of
 
 if TYPE_CHECKING:
     from embedkit.finetuning.feed import Feed, TrainBatch
@@ -70,19 +73,38 @@ def validate_classes(
     }
 
 
-@torch.no_grad()
 def outputs_of(
     trainee: Trainee, batch: TrainBatch, context: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> Tensor:
-    """Return the head's answers (b, c) in float32 for a batch, in as many parts as the memory asks for."""
-    device = next(trainee.parameters()).device
+    """Return the head's answers (b, c) in float32 for a batch that is not empty, in as many parts as memory asks for.
+
+    Parameters
+    ----------
+    trainee : Trainee
+        In evaluation mode.
+    batch : TrainBatch
+        On any device.
+    context : callable
+        Opens the precision that the network computes in.
+    """
+    batch = on_device(batch, next(trainee.parameters()).device)
     most = len(batch.rows)
     while True:
         try:
-            with context():
-                found = [trainee(each.pixels.to(device, non_blocking=True)) for each in in_pieces([batch], most)]
-            return torch.cat(found).float()
+            return torch.cat([_answers(trainee, piece, context) for piece in in_pieces([batch], most)])
         except RuntimeError as error:
             if not is_out_of_memory(error) or most == 1:
                 raise
         most = -(-most // 2)
+
+
+def _answers(trainee: Trainee, piece: TrainBatch, context: Callable[[], AbstractContextManager[object]]) -> Tensor:
+    @torch.no_grad()  # In each thread: it is a setting of its own.
+    def compute(share: Sequence[TrainBatch]) -> Tensor:
+        with context():
+            return torch.cat([trainee(part.pixels).float() for part in share])
+
+    way = way_of(trainee, piece.pixels)
+    shares = in_shares([piece], torch.get_num_threads()) if way.is_divisible else [[piece]]
+    with torch.no_grad(), standing_in(fold_pairs(way.pairs)):
+        return torch.cat(at_once([share for share in shares if share], compute))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,33 @@ def test_a_strangers_folder_is_refused_by_name(
     (tmp_path / "backbone.json").write_text(json.dumps({**values, "load_defaults": defaults or 5}))
     with pytest.raises(BackboneError, match="(?s)" + message):
         Backbone.load(tmp_path, device="cpu")
+
+
+def test_weights_with_two_names_are_written_twice(tiny_backbone: Path, tmp_path: Path) -> None:
+    parent = Backbone.load(tiny_backbone, device="cpu")
+    network = make_trainee(parent, 2, Recipe()).network
+    network.model.layer1[0].bn2.weight = network.model.layer1[0].bn1.weight
+    save_backbone(tmp_path, network, parent.spec)
+    found = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(found["layer1.0.bn1.weight"], found["layer1.0.bn2.weight"])
+    assert Backbone.load(tmp_path, device="cpu").dim == parent.dim
+
+
+def test_a_full_disk_leaves_what_was_there(tiny_backbone: Path, tmp_path: Path) -> None:
+    parent = Backbone.load(tiny_backbone, device="cpu")
+    network = make_trainee(parent, 2, Recipe()).network
+    save_backbone(tmp_path, network, parent.spec)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        network.model.conv1[0].weight.mul_(2)
+    room = len(before["model.safetensors"]) // 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(FinetuneError, match=r"model\.safetensors cannot be written"):
+            save_backbone(tmp_path, network, parent.spec)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

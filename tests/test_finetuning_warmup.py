@@ -174,3 +174,10 @@ def test_every_class_needs_a_row(backbone: Backbone, codes: list[int]) -> None:
     trainee = make_trainee(backbone, 3, Recipe())
     with pytest.raises(FinetuneError, match="the head tells 3 classes apart"):
         warm_up(trainee, np.zeros((4, 96), dtype=np.float32), np.array(codes), Recipe())
+
+
+def test_damaged_embeddings_are_refused(backbone: Backbone) -> None:
+    x, codes = clouds(3)
+    x[5, 7] = np.nan
+    with pytest.raises(FinetuneError, match="infinite or NaN"):
+        warm_up(make_trainee(backbone, 3, Recipe()), x, codes, Recipe())

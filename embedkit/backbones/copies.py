@@ -102,7 +102,7 @@ def fresh_network(
     1
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = build_untrained(arch, arch_kwargs or {}, preprocessing.img_size, drop_path)
     return _channels_last(Network(model, preprocessing, (whole_name(model, pool),)))
 

@@ -48,7 +48,7 @@ def make_layers(head: str, width: int, classes: int, *, seed: int = 0) -> nn.Mod
     """
     hidden = hidden_units(head)
     with torch.random.fork_rng(devices=[]):  # The process's own numbers are not used up.
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         last = nn.Linear(hidden or width, classes)
         nn.init.normal_(last.weight, std=_DEVIATION)
         nn.init.zeros_(last.bias)

@@ -50,9 +50,12 @@ def add_adapters(network: Network, rank: int, *, seed: int = 0) -> None:
         warnings.simplefilter("ignore")  # Of libraries that peft imports and we do not use.
         from peft import LoraConfig, inject_adapter_in_model
     config = LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=layers)
+    device = network.scale.device
+    network.cpu()  # Where the same seed draws the same numbers on every machine.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, network.model)
+    network.to(device)
 
 
 def is_adapter(name: str) -> bool:
@@ -61,17 +64,20 @@ def is_adapter(name: str) -> bool:
 
 
 def merged(network: Network) -> nn.Module:
-    """Return a copy of a network's model with its adapters worked into the weights: a plain timm model again.
+    """Return a network's model with its adapters worked into the weights: a plain timm model again.
 
     Parameters
     ----------
     network : Network
-        With adapters or without; it is left as it is.
+        It is left as it is.
 
     Returns
     -------
     nn.Module
+        A copy, or the network's own model where it has no adapters.
     """
+    if not any(is_adapter(name) for name, _ in network.named_parameters()):
+        return network.model
     model = copy.deepcopy(network.model)
     for name, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from embedkit import __version__
 from embedkit.backbones.copies import sidecar_values, timm_config
@@ -18,7 +19,7 @@ from embedkit.backbones.network import Network
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.lora import merged
 from embedkit.spec import EmbeddingSpec
-from embedkit.store.durable import aside_name, naming, publish_over, write_durably
+from embedkit.store.durable import aside, naming, publish_over, sync
 
 FORMAT, VERSION = "embedkit-backbone", 1
 SIDECAR, TIMM_CONFIG, WEIGHTS = "backbone.json", "config.json", "model.safetensors"
@@ -73,14 +74,13 @@ def save_backbone(
     """
     folder = Path(folder)
     model = merged(network)
-    weights = save(_tensors(model.state_dict(), precision, folder))
+    tensors = _tensors(model.state_dict(), precision, folder)
     described = sidecar_values(spec, model)
     values = {
         "format": FORMAT,
         "version": VERSION,
         **described,
         "weights": WEIGHTS,
-        "files": {WEIGHTS: {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}},
         "classes": [str(name) for name in classes],
         "parents": [{"digest": parent.digest, "spec": parent.to_dict()} for parent in parents],
         "recipe": dict(recipe or {}),
@@ -88,25 +88,37 @@ def save_backbone(
         "information": dict(information or {}),
         "embedkit": __version__,
     }
-    texts = {TIMM_CONFIG: _json(timm_config(described)), SIDECAR: _json(values)}
+    _json(values)  # What cannot be written is found out before anything is.
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, weights)
-    for name, text in texts.items():
-        _replace(folder / name, text)
+    with aside(folder) as fresh:
+        try:
+            save_file(tensors, fresh)
+        except SafetensorError as error:
+            raise FinetuneError(f"{folder / WEIGHTS} cannot be written: {error}") from error
+        files = {WEIGHTS: {"bytes": fresh.stat().st_size, "sha256": _sha256(fresh)}}
+        _publish(fresh, folder / WEIGHTS)
+    for name, content in ((TIMM_CONFIG, timm_config(described)), (SIDECAR, {**values, "files": files})):
+        with aside(folder) as fresh:
+            fresh.write_bytes(_json(content))
+            _publish(fresh, folder / name)
 
 
 def _tensors(state: Mapping[str, torch.Tensor], precision: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Return tensors as they are written, each with memory of its own."""
+    """Return tensors as they are written, each in memory of its own."""
     if precision not in PRECISIONS:
         raise FinetuneError(f"unknown precision {precision!r} of a file; choose one of {', '.join(PRECISIONS)}")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
     for name, value in state.items():
         written = value.to(PRECISIONS[precision]) if value.is_floating_point() else value
         if not torch.isfinite(written).all():
             reason = "infinite or NaN" if not torch.isfinite(value).all() else f"too large for {precision}"
             raise FinetuneError(f"{folder} is not written: the weights {name} are {reason}; did training diverge?")
-        tensors[name] = written.detach().cpu().contiguous().clone()
+        tensor = written.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in places else tensor  # Two names may stand for the same weights.
+        places.add(place)
     return tensors
 
 
@@ -117,10 +129,16 @@ def _json(values: Mapping[str, Any]) -> bytes:
         raise FinetuneError(f"a backbone is described by JSON values only: {error}") from error
 
 
-def _replace(path: Path, data: bytes) -> None:
-    fresh = path.with_name(aside_name())
-    try:
-        write_durably(fresh, data)
-        publish_over(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _publish(fresh: Path, path: Path) -> None:
+    """Give a written file its name, once the disk has its bytes."""
+    with fresh.open("rb+") as file, naming(path):
+        sync(file.fileno())
+    publish_over(fresh, path)

@@ -128,6 +128,8 @@ def _check(head: nn.Module, x: Rows, codes: Codes) -> None:
             f"the head takes {width} numbers a row, and got rows of shape {x.shape} with {codes.shape} classes; "
             "were these embeddings made by this backbone?"
         )
+    if not np.isfinite(x).all():
+        raise FinetuneError("some of these embeddings are infinite or NaN; make them anew with embedkit extract")
     missing = np.setdiff1d(np.arange(classes), codes)
     if len(missing) or codes.min() < 0 or codes.max() >= classes:
         raise FinetuneError(

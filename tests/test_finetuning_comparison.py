@@ -58,7 +58,7 @@ def test_no_difference_is_said_to_be_none(tmp_path: Path, split: str) -> None:
     )
     found = compare_stores(before, after, split, ("train", "dev", "val"))
     assert not any(change.real for change in found.changes)
-    assert found.verdict.startswith("fine-tuning did not help: of linear probe, k-NN")
+    assert found.verdict.startswith("fine-tuning did not help; linear probe, k-NN")
     assert found.caveat == "90 images of val, which nothing was chosen on"
     assert "did not help" in found.to_text() and "*" not in found.to_text()
 

@@ -145,6 +145,7 @@ def test_warm_up_alone_changes_no_weight_of_the_body(tmp_path: Path, photos: Pat
     adapted = ek.finetune(photos, backbone, tmp_path / "frozen", recipe=recipe)
     assert adapted.spec.weights_sha256 == backbone.spec.weights_sha256
     values = json.loads((tmp_path / "frozen" / "report.json").read_text())
+    assert values["warmup"]["warm-up top1 on validation"] == values["before"]["top1"]
     changes = {change["name"]: change for change in values["comparison"]["changes"]}
     assert changes["linear probe"]["difference"] == changes["mAP@R"]["difference"] == 0
 

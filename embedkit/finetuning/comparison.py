@@ -113,7 +113,7 @@ class BeforeAfter:
         found = [f"{', '.join(names)} {what}" for names, what in ((rose, "rose"), (fell, "fell")) if names]
         rest = f"; {', '.join(same)}: no difference larger than chance" if same else ""
         if not found:
-            return f"fine-tuning did not help: of {', '.join(same)}, none differs by more than chance"
+            return f"fine-tuning did not help{rest}"
         how = "did harm" if not rose else "helped in part" if fell or same else "helped"
         return f"fine-tuning {how}: {', '.join(found)}{rest}"
 

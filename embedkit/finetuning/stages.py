@@ -24,6 +24,7 @@ from embedkit.finetuning.examples import Division, Examples, divide, leaks_acros
 from embedkit.finetuning.feed import Feed
 from embedkit.finetuning.history import History, Moment
 from embedkit.finetuning.job import Job, Watcher
+from embedkit.finetuning.layers import as_estimator
 from embedkit.finetuning.losses import METRIC_LOSSES, class_batches, make_criterion
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.recorders import Recorder, TensorBoardRecorder, WandbRecorder
@@ -245,10 +246,12 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
         found = warm_up(job.trainee, before.rows(ids=train.ids), train.codes, recipe, groups=groups)
     facts = {"warm-up": found.kind, "warm-up rows": found.rows, "warm-up top1 on them": round(found.top1, 4)}
     facts |= {f"warm-up {name}": value for name, value in found.choice.items() if isinstance(value, int | float)}
+    answers = as_estimator(job.trainee.head).predict(before.rows(ids=job.division.val.ids))
+    facts["warm-up top1 on validation"] = round(float((answers == job.division.val.codes).mean()), 4)
     if job.world.first:
         kept.parent.mkdir(exist_ok=True)
         write_whole(kept, json.dumps(facts).encode())
-        log.info("warm-up: %s of its rows right", f"{found.top1:.4f}")
+        log.info("warm-up: top1 %.4f on its rows, val top1 %.4f", found.top1, facts["warm-up top1 on validation"])
     return facts
 
 

@@ -27,7 +27,7 @@ def backbone(tiny_backbone: Path) -> Backbone:
 @pytest.fixture(scope="module")
 def feed(backbone: Backbone, photos: Path) -> Feed:
     entries = list(list_images(photos).files)[:17]  # 12 cats and 5 dogs.
-    codes = np.array([{"cat": 0, "dog": 2}[str(entry.label)] for entry in entries])
+    codes = np.array([0] * 9 + [2] * 8)  # Whatever a head says, it is right about some.
     return Feed(entries, codes, backbone.preprocessing, RECIPE, workers=2)
 
 
@@ -36,7 +36,7 @@ def trainee(backbone: Backbone) -> Trainee:
     trainee = make_trainee(backbone, 3, RECIPE)
     nn.init.normal_(trainee.head.weight, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        trainee.head.bias[1] = -100.0  # Nobody shows a class 1.
+        trainee.head.bias[1] = -1e6  # Nobody shows a class 1.
     return trainee
 
 

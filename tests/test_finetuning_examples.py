@@ -5,7 +5,7 @@ import pytest
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.splits import Split
-from embedkit.finetuning.examples import divide, leaks_across
+from embedkit.finetuning.examples import divide, leaks_across, own_split
 from embedkit.sources import ImageFile, Listing, list_images
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store, StoreWriter
@@ -137,3 +137,11 @@ def test_pictures_on_both_sides_are_reported(folder: Path, tmp_path: Path) -> No
     leaks = leaks_across(division, Store.open(tmp_path / "pets.h5"), "split.csv")
     assert list(leaks) == ["val"] and leaks["val"].near == 1 and leaks["val"].exact == 0
     assert (leaks["val"].pairs[0].train_id, leaks["val"].pairs[0].test_id) == (train, val)
+
+
+def test_a_table_of_images_may_be_its_own_split(tmp_path: Path) -> None:
+    for name, header in (("a.csv", "path,label,split"), ("b.csv", "\ufeffpath,split"), ("c.CSV", "split,path,target")):
+        assert own_split(split_file(tmp_path / name, "x.jpg,1,2", header=header)) == tmp_path / name
+    for name, header in (("d.csv", "path,label"), ("e.csv", "path,split,bbox"), ("f.tsv", "path,split"), ("g.csv", "")):
+        assert own_split(split_file(tmp_path / name, header=header)) is None
+    assert own_split(tmp_path / "missing.csv") is None and own_split([1]) is None and own_split(tmp_path) is None

@@ -176,6 +176,16 @@ def test_a_given_store_is_used_and_a_third_part_is_compared_on(
         ek.finetune(photos, backbone, tmp_path / "b", recipe=RECIPE, split=split, store=few)
 
 
+def test_a_table_with_parts_is_trained_by_them(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    table = _split(tmp_path / "photos" / "table.csv", photos)
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([f"label,{lines[0]}", *(f"{line[:3]},{line}" for line in lines[1:])]))
+    ek.finetune(table, backbone, tmp_path / "run", recipe=Recipe(epochs=0), reextract=False)
+    parts = json.loads((tmp_path / "run" / "report.json").read_text())["images"]
+    assert not parts["made"] and [parts[role]["images"] for role in ("train", "val", "test")] == [16, 4, 4]
+
+
 def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
     shutil.copytree(photos, tmp_path / "photos")
     for id in ("cat/3.jpg", "dog/7.jpg"):

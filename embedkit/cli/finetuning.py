@@ -207,6 +207,7 @@ def finetune(
     DIR can be used wherever a backbone is, as -m DIR, and DIR/head is a head for embedkit predict. An interrupted run
     goes on after its last epoch when the same command is given again. docs/finetuning.md says more.
     """
+    from embedkit.finetuning.examples import own_split
     from embedkit.finetuning.stages import finetune as adapt
     from embedkit.sources import list_images
 
@@ -219,6 +220,8 @@ def finetune(
     splits = {name: choices.pop(name) for name in ("split", "train_split", "val_split", "test_split")}
     others = {name: choices.pop(name) for name in ("reextract", "tensorboard", "wandb", "wandb_offline", "overwrite")}
     selection = source_arguments(choices)
+    if splits["split"] is None and len(images) == 1 and not any(selection.values()):
+        splits["split"] = own_split(images[0])
     if splits["split"] is None and (splits["val_split"] or splits["test_split"] or splits["train_split"] != "train"):
         raise click.UsageError("--train-split, --val-split and --test-split are names of --split")
     if splits["split"] is not None and any(selection[name] for name in ("sample", "include", "exclude")):

@@ -28,6 +28,7 @@ from embedkit.text import counted
 
 VAL_SHARE = 0.2  # Of each class, where no split is given.
 VAL_SPLITS = ("val", "valid", "validation", "test")  # What split files call the part that chooses, the first first.
+_HEADER_SIGNS = 1 << 16
 
 Codes = npt.NDArray[np.int64]
 
@@ -183,6 +184,29 @@ class Division:
         writer.writerow(["path", "label", "split"])
         writer.writerows(self._rows())
         return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def own_split(images: Any) -> Path | None:
+    """Return a table of images that is a split file, too: CSV with the columns path and split, and at most label.
+
+    Parameters
+    ----------
+    images : Any
+        What somebody calls their images.
+
+    Returns
+    -------
+    Path or None
+        For `divide`.
+    """
+    if not isinstance(images, str | os.PathLike) or not os.fspath(images).lower().endswith(".csv"):
+        return None
+    try:
+        with open(images, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            header = set(next(csv.reader([file.readline(_HEADER_SIGNS)]), []))
+    except (OSError, csv.Error):
+        return None  # Whoever lists the images says what is wrong.
+    return Path(images) if {"path", "split"} <= header <= {"path", "split", "label", "target"} else None
 
 
 def divide(

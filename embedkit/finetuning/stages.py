@@ -20,7 +20,7 @@ from embedkit.extraction import Progress, listed
 from embedkit.finetuning.blocks import blocks_of, list_states, trainable_at
 from embedkit.finetuning.checkpoints import forget, state_folder
 from embedkit.finetuning.distributed import World, join_world
-from embedkit.finetuning.examples import Division, Examples, divide, leaks_across
+from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
 from embedkit.finetuning.feed import Feed
 from embedkit.finetuning.history import History, Moment
 from embedkit.finetuning.job import Job, Watcher
@@ -82,8 +82,8 @@ def finetune(
     recipe : Recipe, optional
         Every setting; by default ``Recipe()``.
     split : path-like, optional
-        A CSV file with the columns path and split, and optionally label. Without one, a fifth of each class is held out
-        by the recipe's seed. Either way the split is recorded in the folder.
+        A CSV file with the columns path and split, and optionally label; a table of images may be one. Without one, a
+        fifth of each class is held out by the recipe's seed. Either way the split is recorded in the folder.
     train_split, val_split, test_split : str, optional
         What the split file calls the parts to train on, to choose the best epoch on, and to compare on; see
         `embedkit.finetuning.examples.divide`.
@@ -129,7 +129,7 @@ def finetune(
     >>> ek.extract("more/", "more.h5", adapted)  # doctest: +SKIP
     """
     recipe = _settled(recipe or Recipe())
-    listing = listed(images)
+    listing, split = listed(images), own_split(images) if split is None else split
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone)
     with join_world(str(backbone.device)) as world:

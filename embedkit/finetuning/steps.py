@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from embedkit.finetuning.feed import TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
-_AT_ONCE = 8  # Images that one thread computes together, as in an extraction.
+# What one thread computes together, so that its caches hold it: eight images of the usual size, as in an extraction.
+# Many small ones, because every part has costs of its own.
+_AT_ONCE, _PIXELS_AT_ONCE = 8, 8 * 224 * 224
 # Raised by the accelerator's allocator, or by the system's.
 _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
@@ -77,7 +79,7 @@ def accumulate(
         parts = [[(trainee, piece) for piece in share] for share in shares]
         return sum_gradients(parts, loss_of, learning, folded=folded, scale=scale)
     # Statistics want as many images as there are: a share is not cut further. Its folds are the trainee's, not theirs.
-    shares = in_shares(pieces, threads, at_once=None)
+    shares = in_shares(pieces, threads, whole=True)
     replicas = lend_replicas(trainee, threads)
     parts = [[(replica, piece) for piece in share] for replica, share in zip(replicas, shares, strict=True)]
     loss = sum_gradients(parts, loss_of, learning, scale=scale)
@@ -86,11 +88,12 @@ def accumulate(
 
 
 def in_shares(pieces: Sequence[TrainBatch], count: int, at_once: int | None = _AT_ONCE) -> list[list[TrainBatch]]:
-    """Return an equal share of the images for each of `count` threads, in parts that their caches hold."""
+    """Return an equal share of the images for each of `count` threads, cut into what caches hold unless `whole`."""
     shares: list[list[TrainBatch]] = [[] for _ in range(count)]
     for piece in pieces:
         for share, part in zip(shares, in_pieces([piece], -(-len(piece.rows) // count)), strict=False):
-            share += [part] if at_once is None else in_pieces([part], at_once)
+            at_once = max(_AT_ONCE, _PIXELS_AT_ONCE // part.pixels[0, 0].numel())
+            share += [part] if whole else in_pieces([part], at_once)
     return shares
 
 

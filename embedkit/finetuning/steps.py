@@ -87,7 +87,7 @@ def accumulate(
     return loss
 
 
-def in_shares(pieces: Sequence[TrainBatch], count: int, at_once: int | None = _AT_ONCE) -> list[list[TrainBatch]]:
+def in_shares(pieces: Sequence[TrainBatch], count: int, *, whole: bool = False) -> list[list[TrainBatch]]:
     """Return an equal share of the images for each of `count` threads, cut into what caches hold unless `whole`."""
     shares: list[list[TrainBatch]] = [[] for _ in range(count)]
     for piece in pieces:

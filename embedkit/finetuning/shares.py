@@ -99,11 +99,16 @@ def at_once(shares: Sequence[Share], compute: Callable[[Share], Made]) -> list[M
 
 
 def _added(sums: list[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Add gradients to their sums, in place; parameters that were not reached have none."""
+    """Add gradients to their sums, in place; parameters that were not reached have none.
+
+    A first one is copied: autograd may return one tensor for two parameters, or one number for all of a parameter's.
+    """
     both = [(each, other) for each, other in zip(sums, more, strict=True) if each is not None and other is not None]
     if both:
         torch._foreach_add_([each for each, _ in both], [other for _, other in both])
-    return [other if each is None else each for each, other in zip(sums, more, strict=True)]
+    return [
+        other.clone() if each is None and other is not None else each for each, other in zip(sums, more, strict=True)
+    ]
 
 
 def _tensors(folded: Folded) -> tuple[Tensor, Tensor]:

@@ -118,15 +118,8 @@ def trainable_at(blocks: Sequence[Block], recipe: Recipe, epoch: int) -> frozens
     FinetuneError
         When ``unfreeze`` names nothing in these blocks.
     """
-    chosen = [chosen for chosen in (_chosen(block, recipe) for block in blocks) if chosen]
-    if not chosen and recipe.unfreeze != "none":
-        names = ", ".join(block.name for block in blocks)
-        raise FinetuneError(
-            f"--unfreeze {recipe.unfreeze} names nothing in this backbone; its blocks are: {names}; "
-            "a pattern is the name of a module or parameter, and * stands for anything, such as blocks.5* or *norm*"
-        )
-    thawed = len(chosen) if not recipe.gradual else 1 + (epoch - 1) // recipe.gradual
-    return frozenset().union(*chosen[max(0, len(chosen) - thawed) :])
+    thawed = (names for names, first in _thaws(blocks, recipe) if first <= epoch)
+    return frozenset().union(*thawed)
 
 
 def set_trainable(trainee: Trainee, blocks: Sequence[Block], recipe: Recipe, epoch: int) -> None:
@@ -162,16 +155,27 @@ def list_states(trainee: Trainee, recipe: Recipe) -> list[BlockState]:
     """
     blocks = blocks_of(trainee)
     sizes = {name: parameter.numel() for name, parameter in trainee.named_parameters()}
-    by_epoch = [trainable_at(blocks, recipe, epoch) for epoch in range(1, recipe.epochs + 1)]
     rows = []
-    for block in blocks:
-        epochs = [number for number, names in enumerate(by_epoch, 1) if not names.isdisjoint(block.parameters)]
-        learning = frozenset().union(*by_epoch) & set(block.parameters)
-        trainable = sum(sizes[name] for name in learning)
+    for block, (names, first) in zip(blocks, _thaws(blocks, recipe), strict=True):
         whole = sum(sizes[name] for name in block.parameters)
-        rows.append(BlockState(block.name, whole - trainable, trainable, min(epochs, default=0)))
+        learns = bool(names) and first <= recipe.epochs
+        trainable = sum(sizes[name] for name in names) if learns else 0
+        rows.append(BlockState(block.name, whole - trainable, trainable, first if learns else 0))
     head = sum(size for name, size in sizes.items() if name.startswith("head."))
     return [*rows, BlockState("head", 0, head, 1)]
+
+
+def _thaws(blocks: Sequence[Block], recipe: Recipe) -> list[tuple[frozenset[str], int]]:
+    """Return what learns of each block, which may be nothing, and from which epoch on."""
+    chosen = [_chosen(block, recipe) for block in blocks]
+    if not any(chosen) and recipe.unfreeze != "none":
+        raise FinetuneError(
+            f"--unfreeze {recipe.unfreeze} names nothing in this backbone; its blocks are: "
+            f"{', '.join(block.name for block in blocks)}; a pattern is the name of a module or parameter, and * "
+            "stands for anything, such as blocks.5* or *norm*"
+        )
+    # Blocks of which nothing learns take no turn.
+    return [(names, 1 + recipe.gradual * sum(map(bool, chosen[place + 1 :]))) for place, names in enumerate(chosen)]
 
 
 def _chosen(block: Block, recipe: Recipe) -> frozenset[str]:

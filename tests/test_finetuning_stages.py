@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 import embedkit as ek
 from embedkit.errors import EvaluationError, FinetuneError, SpecMismatchError
 from embedkit.finetuning import Augmentation, Recipe
+from embedkit.finetuning.run_folder import RunFolder
 from embedkit.heads import load_head
 
 RECIPE = Recipe(epochs=2, batch_size=8, augmentation=Augmentation(hflip=0.5))
@@ -106,6 +107,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, photos: Path, 
         with pytest.raises(FinetuneError, match=r"something else than a run, such as 'thesis.tex'"):
             ek.finetune(photos, backbone, tmp_path, recipe=RECIPE, overwrite=overwrite)
     assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_one_process_at_a_time_is_at_work_in_a_folder(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    with RunFolder(tmp_path / "run").lock(), pytest.raises(ek.StoreBusyError, match=r"run is being written by process"):
+        ek.finetune(photos, backbone, tmp_path / "run", recipe=Recipe(epochs=0))
+    assert os.listdir(tmp_path) == []
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(
@@ -202,7 +209,7 @@ def test_progress_names_the_stages(tmp_path: Path, photos: Path, backbone: ek.Ba
     seen: dict[str, list[float]] = {}
 
     def watch(stage: str, state: object) -> None:
-        seen.setdefault(stage, []).append(getattr(state, "done", None) or getattr(state, "images", 0))
+        seen.setdefault(stage, []).append(float(getattr(state, "done", 0) or getattr(state, "images", 0)))
 
     ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, progress=watch)
     assert list(seen) == ["embedding", "training", "embedding again"]

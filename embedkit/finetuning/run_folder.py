@@ -13,6 +13,7 @@ from embedkit.errors import FinetuneError
 from embedkit.evaluation.cells import write_whole
 from embedkit.finetuning.recipe import Recipe
 from embedkit.spec import flat
+from embedkit.store.locking import Lock, parts_folder
 
 FORMAT, VERSION = "embedkit-finetuning", 1
 MAX_JSON_BYTES = 64 << 20
@@ -41,6 +42,10 @@ class RunFolder:
         self.before, self.after = self.path / "before.h5", self.path / "after.h5"
         self.report, self.page = self.path / "report.json", self.path / "report.html"
         self.head = self.path / "head"
+
+    def lock(self) -> Lock:
+        """Return the lock that one process at a time may hold; entering it raises StoreBusyError while another does."""
+        return Lock(parts_folder(Path(os.path.abspath(self.path))))
 
     @property
     def finished(self) -> bool:

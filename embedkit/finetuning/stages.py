@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,8 @@ def finetune(
         When there are no classes or no honest split; see `embedkit.finetuning.examples.divide`.
     SpecMismatchError
         When `store` was made otherwise.
+    StoreBusyError
+        When another process is at work in the folder.
     MissingExtraError
         When a loss, adapters or a recorder need a package that is not installed.
 
@@ -132,11 +135,12 @@ def finetune(
     listing, split = listed(images), own_split(images) if split is None else split
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone)
-    with join_world(str(backbone.device)) as world:
+    folder = RunFolder(output)
+    with join_world(str(backbone.device)) as world, folder.lock() if world.first else nullcontext():
         division = divide(
             listing, split, train_split=train_split, val_split=val_split, test_split=test_split, seed=recipe.seed
         )
-        job = _prepared(backbone, recipe, division, RunFolder(output), world, workers, progress or _silent)
+        job = _prepared(backbone, recipe, division, folder, world, workers, progress or _silent)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
         if _claimed(job, overwrite):
             return job.adapted()

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_a_split_file_decides_parts_and_classes(folder: Path, tmp_path: Path) ->
     ],
 )
 def test_splits_that_cannot_be_used_say_why(
-    folder: Path, tmp_path: Path, lines: list[str], options: dict[str, str], message: str
+    folder: Path, tmp_path: Path, lines: list[str], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(EvaluationError, match=message):
         divide(list_images(folder), split_file(tmp_path / "s.csv", *lines), **options)

@@ -236,3 +236,26 @@ def test_a_full_disk_leaves_what_was_there(tiny_backbone: Path, tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "cache_dir", "pretrained_cfg_overlay"])
+def test_a_strangers_folder_names_no_other_file(tiny_backbone: Path, tmp_path: Path, name: str) -> None:
+    parent = Backbone.load(tiny_backbone, device="cpu")
+    save_backbone(tmp_path, make_trainee(parent, 2, Recipe()).network, parent.spec)
+    values = json.loads((tmp_path / "backbone.json").read_text())
+    (tmp_path / "backbone.json").write_text(json.dumps({**values, "model_args": {name: "/etc/passwd"}}))
+    with pytest.raises(BackboneError, match=f"{name} is no argument of an architecture"):
+        Backbone.load(tmp_path, device="cpu")
+
+
+def test_a_strangers_sidecar_is_of_a_sensible_size_and_depth(tiny_backbone: Path, tmp_path: Path) -> None:
+    parent = Backbone.load(tiny_backbone, device="cpu")
+    save_backbone(tmp_path, make_trainee(parent, 2, Recipe()).network, parent.spec)
+    sidecar = tmp_path / "backbone.json"
+    sidecar.write_text('{"a":' * 100_000)
+    with pytest.raises(BackboneError, match="is not a readable JSON sidecar"):
+        Backbone.load(tmp_path, device="cpu")
+    with sidecar.open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(BackboneError, match="larger than 64 MiB"):
+        Backbone.load(tmp_path, device="cpu")

@@ -17,6 +17,9 @@ from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+MAX_JSON_BYTES = 64 << 20  # A million class names.
+# These would have timm read other files than the one that is named and checked.
+_OF_THE_LOADER = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -60,7 +63,7 @@ def resolve(model: str, arch: str | None, arch_kwargs: Mapping[str, Any] | None)
 
 def build(source: Source, img_size: tuple[int, int] | None) -> nn.Module:
     """Create the network of a source with its weights and without its classifier."""
-    kwargs = dict(source.arch_kwargs)
+    kwargs = _of_architecture(source.arch_kwargs)
     _require_known(source.arch)
     if img_size is not None and takes_size(source.arch):
         kwargs["img_size"] = img_size  # Resamples position embeddings.
@@ -75,7 +78,7 @@ def build_untrained(
 ) -> nn.Module:
     """Create the network of an architecture with timm's own random weights, as torch's generator draws them."""
     _require_known(arch)
-    kwargs = dict(arch_kwargs)
+    kwargs = _of_architecture(arch_kwargs)
     if takes_size(arch):
         kwargs["img_size"] = img_size
     if drop_path:
@@ -85,6 +88,16 @@ def build_untrained(
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise BackboneError(f"{arch} cannot be built with {kwargs}: {_excerpt(error)}") from error
     return model
+
+
+def _of_architecture(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments, which may come from a stranger's sidecar, unless some are for timm's loader."""
+    for name in kwargs:
+        if name in _OF_THE_LOADER:
+            raise BackboneError(
+                f"{name} is no argument of an architecture: weights are named by -m, and by nothing else"
+            )
+    return dict(kwargs)
 
 
 def takes_size(arch: str) -> bool:
@@ -121,8 +134,10 @@ def _sidecar_in(folder: Path) -> Path:
 def _from_sidecar(path: Path, arch: str | None, kwargs: dict[str, Any], weights: Path | None = None) -> Source:
     """Read a sidecar: our own words, or those of timm's `config.json`."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{path} is not a readable JSON sidecar: {error}") from error
     found = values.get("timm_architecture") or values.get("architecture") if isinstance(values, dict) else None
     if not isinstance(found, str):

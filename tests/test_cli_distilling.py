@@ -92,6 +92,18 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, wo
         read_settings(path, {"epochs"})
 
 
+def test_places_in_settings_are_said_by_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("teachers: ['${DATA}/a.json', b]\nepochs: 3\n")
+    known = {"teachers", "epochs"}
+    assert read_settings(path, known, environment={"EMBEDKIT_DATA": "/x"}) == {
+        "teachers": ["/x/a.json", "b"],
+        "epochs": 3,
+    }
+    with pytest.raises(ValueError, match="EMBEDKIT_DATA"):
+        read_settings(path, known, environment={})
+
+
 def test_the_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = run("photos", "--config", tmp_path / "none.yaml", "-o", tmp_path / "run")
     assert result.exit_code == 2 and "none.yaml" in result.output

@@ -184,6 +184,17 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_nobody_interrupted(
     assert len(rows_of(tmp_path / "broken")) == 4
 
 
+def test_two_processes_teach_one_student(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    script = tmp_path / "teach.py"
+    script.write_text(KILLED)
+    arguments = [str(tiny_backbone), str(photos), str(tmp_path / "run"), "no"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["images"] for row in rows_of(tmp_path / "run")] == [19.0] * 4
+    assert ek.Backbone.load(tmp_path / "run").dim == 96
+
+
 def test_the_default_recipe_learns_everything() -> None:
     assert isinstance(DISTILLING, Recipe)
     assert (DISTILLING.layer_decay, DISTILLING.freeze_norm, DISTILLING.unfreeze) == (1.0, False, "all")

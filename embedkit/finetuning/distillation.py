@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.saving import save_backbone
 from embedkit.finetuning.students import Student, fit_projection, make_student, with_projection
 from embedkit.finetuning.targets import Targets, build_targets
-from embedkit.finetuning.teachers import common_ids, embed_views, load_teachers
+from embedkit.finetuning.teachers import common_ids, embed_views, load_teachers, open_stores
 from embedkit.finetuning.trainee import Trainee
 from embedkit.finetuning.training import resumable, train
 from embedkit.finetuning.views import check_views, list_views, view_id
@@ -44,7 +44,6 @@ from embedkit.store import Store
 from embedkit.text import counted
 
 Rows = npt.NDArray[np.int64]
-Made = TypeVar("Made")
 Watcher = Callable[[str, "Progress | Moment"], None]
 
 MAX_VALIDATION = 2000
@@ -210,22 +209,16 @@ def distill(
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
-            found = _first_then_all(
-                world, lambda: embed_views(views, known, places, workers=workers, progress=progress)
-            )
+            if world.first:
+                embed_views(views, known, places, workers=workers, progress=progress)
+            world.total(torch.zeros(1))  # The others find whole stores.
+            found = open_stores(known, places)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
             history = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:
                 _finish(pupil, lesson, folder, settings, recipe, history, precision)
         world.total(torch.zeros(1))  # Nobody loads what the first process is still writing.
     return Backbone.load(folder.path, device=device)
-
-
-def _first_then_all(world: World, make: Callable[[], Made]) -> Made:
-    """Have the first process make what all others then find, and return it in all of them."""
-    found = make() if world.first else None
-    world.total(torch.zeros(1))
-    return make() if found is None else found
 
 
 def _identity(
@@ -258,9 +251,15 @@ def _prepare(
         )
     images = replace(listing, files=[listing.files[number] for number in kept.tolist()])
     path = folder.path / "state" / "targets.npy"
-    targets = _first_then_all(world, lambda: build_targets(
-        stores, ids[:, kept].reshape(-1), path, width=settings.width, whitening=settings.whitening, seed=recipe.seed,
-    ))  # fmt: skip
+    targets = None
+    for turn in (True, False):  # The first process makes what all others then find.
+        if world.first is turn:
+            targets = build_targets(
+                stores, ids[:, kept].reshape(-1), path, width=settings.width, whitening=settings.whitening,
+                seed=recipe.seed,
+            )  # fmt: skip
+        world.total(torch.zeros(1))
+    assert targets is not None
     order = np.random.default_rng([_HELD_OUT, recipe.seed]).permutation(len(kept))
     held = min(MAX_VALIDATION, round(settings.held_out * len(kept)))
     if len(kept) - held < 2:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from embedkit.errors import FinetuneError
 
 MAX_BYTES = 1 << 16
 
+_PLACE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
-def read_settings(path: str | os.PathLike[str], known: Collection[str]) -> dict[str, Any]:
+
+def read_settings(
+    path: str | os.PathLike[str], known: Collection[str], *, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     r"""Read a YAML mapping of settings to plain values.
 
     Parameters
@@ -25,6 +30,9 @@ def read_settings(path: str | os.PathLike[str], known: Collection[str]) -> dict[
     known : collection of str
         Names that a setting may have; a dash and an underscore are one.
 
+    environment : mapping of str to str, optional
+        Where ``${DATA}`` in a text finds its place, as ``EMBEDKIT_DATA``; by default the process's.
+
     Returns
     -------
     dict
@@ -33,7 +41,8 @@ def read_settings(path: str | os.PathLike[str], known: Collection[str]) -> dict[
     Raises
     ------
     FinetuneError
-        When the file cannot be read, is no such mapping, or has a setting that is unknown or there twice.
+        When the file cannot be read, is no such mapping, has a setting that is unknown or there twice, or a place that
+        nobody says.
 
     Examples
     --------
@@ -71,9 +80,25 @@ def read_settings(path: str | os.PathLike[str], known: Collection[str]) -> dict[
         if names.count(name) > 1:
             raise FinetuneError(f"{path}: {name} is there twice; keep one")
     found = dict(zip(names, values.values(), strict=True))
+    places = os.environ if environment is None else environment
     for name, value in found.items():
-        if not all(isinstance(one, str | int | float) for one in (value if isinstance(value, list) else [value])):
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str | int | float) for one in values):
             raise FinetuneError(
                 f"{path}: {name} must be text, a number, true or false, or a list of these; got {value!r}"
             )
+        placed = [_placed(one, places, path) if isinstance(one, str) else one for one in values]
+        found[name] = placed if isinstance(value, list) else placed[0]
     return found
+
+
+def _placed(text: str, places: Mapping[str, str], path: str | os.PathLike[str]) -> str:
+    """Return a text with ``${NAME}`` replaced, as in the suites of `embedkit bench`."""
+
+    def place(found: re.Match[str]) -> str:
+        variable = f"EMBEDKIT_{found[1].upper()}"
+        if variable not in places:
+            raise FinetuneError(f"{path}: ${{{found[1]}}} is a place that nobody says; set the variable {variable}")
+        return places[variable]
+
+    return _PLACE.sub(place, text)

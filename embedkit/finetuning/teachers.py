@@ -96,11 +96,15 @@ def embed_views(
     Path(folder).mkdir(parents=True, exist_ok=True)
     stores = []
     for teacher in teachers:
-        name = f"{teacher.spec.backbone}-{teacher.spec.digest[:12]}"
         log.info("teacher: %s", teacher.description)
         report = None if progress is None else partial(progress, teacher.spec.backbone)
-        stores.append(extract(views, Path(folder, f"{name}.h5"), teacher, workers=workers, progress=report))
+        stores.append(extract(views, _place(teacher, folder), teacher, workers=workers, progress=report))
     return stores
+
+
+def open_stores(teachers: Sequence[Backbone], folder: str | os.PathLike[str]) -> list[Store]:
+    """Open what `embed_views` has made in this folder."""
+    return [Store.open(_place(teacher, folder)) for teacher in teachers]
 
 
 def common_ids(stores: Sequence[Store]) -> npt.NDArray[np.bytes_]:
@@ -109,3 +113,7 @@ def common_ids(stores: Sequence[Store]) -> npt.NDArray[np.bytes_]:
     for store in stores[1:]:
         found = np.intersect1d(found, store.images.ids, assume_unique=True)
     return found
+
+
+def _place(teacher: Backbone, folder: str | os.PathLike[str]) -> Path:
+    return Path(folder, f"{teacher.spec.backbone}-{teacher.spec.digest[:12]}.h5")

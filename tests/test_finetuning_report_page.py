@@ -12,7 +12,7 @@ from embedkit.evaluation.charts import Line, line_chart
 from embedkit.finetuning.comparison import BeforeAfter, Change, classifier_report
 from embedkit.finetuning.history import EpochRow, History
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.report_page import Account, run_page
+from embedkit.finetuning.report_page import WARMUP_TOP1, Account, run_page
 
 CLASSES = ["cat", "<b>dog</b>"]
 
@@ -56,7 +56,8 @@ def account(epochs: int = 3) -> Account:
     images = {"train": part, "val": part, "test": part, "left_out": 3}
     return Account(
         "flowers & friends", {"name": "resnet18"}, Recipe(body_lr=0.25), images,
-        {"warm-up": "probe"}, History(rows, min(2, epochs)), BeforeAfter([change], "val", True, before, after),
+        {"warm-up": "probe", WARMUP_TOP1: 0.125}, History(rows, min(2, epochs)),
+        BeforeAfter([change], "val", True, before, after),
         parameters=[{"name": "stem", "frozen": 1234, "trainable": 0, "from_epoch": 0}], seconds={"training": 6.0},
     )  # fmt: skip
 
@@ -86,7 +87,7 @@ def test_the_page_says_what_came_of_it_and_shows_what_changed() -> None:
     assert f"{wrong} images right now, and wrong before" in page and "0 images wrong now, and right before" in page
     assert page.count("was ") >= min(wrong, 24)
     assert "Dashed: epoch 2, the best by top1" in page and "<b>0.25</b>" in page and "1,234" in page
-    assert "3 images were left out" in page
+    assert "3 images were left out" in page and "validation top1, 0: 0.125" in page
 
 
 def test_a_run_without_epochs_or_comparison_has_a_page() -> None:

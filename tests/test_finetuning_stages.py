@@ -281,3 +281,20 @@ def test_two_processes_train_together_and_one_speaks(tmp_path: Path, photos: Pat
     values = json.loads((tmp_path / "run" / "report.json").read_text())
     assert values["circumstances"]["processes"] == "2" and len(values["history"]["epochs"]) == 2
     assert ek.Backbone.load(tmp_path / "run", device="cpu").spec == ek.Store.open(tmp_path / "run" / "after.h5").spec
+
+
+def test_what_is_saved_answers_as_the_best_epoch_did(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    drawn = np.random.default_rng(3).integers(0, 2, 24)  # Classes that no picture shows: nobody gets them all right.
+    ids = [f"{kind}/{n}.jpg" for kind in ("cat", "dog") for n in range(1, 13)]
+    parts = ["train", "val"] * 12
+    lines = [f"{id},{'ab'[code]},{part}" for id, code, part in zip(ids, drawn, parts, strict=True)]
+    (tmp_path / "split.csv").write_text("\n".join(["path,label,split", *lines]))
+    recipe = Recipe(epochs=3, batch_size=4, warmup="none", head_lr=0.01, model_ema=0.5)
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, split=tmp_path / "split.csv")
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    best = values["history"]["epochs"][values["history"]["best_epoch"] - 1]["metrics"]
+    assert values["after"]["top1"] == pytest.approx(best["top1"]) and best["top1"] < 1
+    head, after = load_head(tmp_path / "run" / "head"), ek.Store.open(tmp_path / "run" / "after.h5")
+    rows = [row for row, part in enumerate(parts) if part == "val"]
+    scores = head.estimator.predict_proba(after.rows(ids=[ids[row] for row in rows]))
+    assert -np.log(scores[np.arange(12), drawn[rows]]).mean() == pytest.approx(best["loss"], rel=1e-3)

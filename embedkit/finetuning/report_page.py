@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ LEGEND = 12
 CLASSES = 40  # Of a table; report.json has all.
 MATRIX_CLASSES = 200  # Of a confusion in report.json.
 FAILURES = 1000
+
+WARMUP_TOP1 = "warm-up top1 on validation"  # Of the facts about a warm-up.
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +129,7 @@ def run_page(account: Account, store: Store | None = None) -> str:
     """
     room = Pictures(PICTURES)
     parts = [
-        _comparison(account.comparison), _curves(account.history, account.recipe),
+        _comparison(account.comparison), _curves(account.history, account.recipe, account.warmup),
         _changed(account.comparison, store, room), *_details(account, store, room), _data(account), _settings(account),
     ]  # fmt: skip
     about = f"adapted from {printable(str(account.parent.get('name', 'a backbone')))}"
@@ -162,8 +164,8 @@ def _change(change: Change) -> list[str]:
     ]  # fmt: skip
 
 
-def _curves(history: History, recipe: Recipe) -> str:
-    """Return the losses, the metrics and the learning rates by epoch."""
+def _curves(history: History, recipe: Recipe, warmup: Mapping[str, Any]) -> str:
+    """Return the losses, the metrics and the learning rates by epoch; epoch 0 is the warm-up."""
     rows = history.epochs
     if not rows:
         return "<h2>Training</h2><p>No epoch was trained: the head alone was fitted.</p>"
@@ -172,8 +174,10 @@ def _curves(history: History, recipe: Recipe) -> str:
     losses += _metric_lines(rows, ["loss"], first=1)
     metrics = [one for one in rows[-1].metrics if one != "loss"]
     charts = [_figure("loss", losses, "loss", best)]
-    if metrics:
-        charts.append(_figure("validation", _metric_lines(rows, metrics, first=2), "share", best))
+    if lines := _metric_lines(rows, metrics, first=2):
+        if (start := warmup.get(WARMUP_TOP1)) is not None and lines[0].name == "validation top1":
+            lines[0] = replace(lines[0], points=[(0, start), *lines[0].points])
+        charts.append(_figure("validation", lines, "share", best))
     rates = [
         Line(group, [(row.epoch, row.rates[group]) for row in rows if group in row.rates], number)
         for number, group in enumerate(_groups(rows))

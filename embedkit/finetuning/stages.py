@@ -29,6 +29,7 @@ from embedkit.finetuning.layers import as_estimator
 from embedkit.finetuning.losses import METRIC_LOSSES, class_batches, make_criterion
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.recorders import Recorder, TensorBoardRecorder, WandbRecorder
+from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
 from embedkit.finetuning.run_folder import RunFolder, read_object
 from embedkit.finetuning.trainee import make_trainee
@@ -251,11 +252,11 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
     facts = {"warm-up": found.kind, "warm-up rows": found.rows, "warm-up top1 on them": round(found.top1, 4)}
     facts |= {f"warm-up {name}": value for name, value in found.choice.items() if isinstance(value, int | float)}
     answers = as_estimator(job.trainee.head).predict(before.rows(ids=job.division.val.ids))
-    facts["warm-up top1 on validation"] = round(float((answers == job.division.val.codes).mean()), 4)
+    facts[WARMUP_TOP1] = round(float((answers == job.division.val.codes).mean()), 4)
     if job.world.first:
         kept.parent.mkdir(exist_ok=True)
         write_whole(kept, json.dumps(facts).encode())
-        log.info("warm-up: top1 %.4f on its rows, val top1 %.4f", found.top1, facts["warm-up top1 on validation"])
+        log.info("warm-up: top1 %.4f on its rows, val top1 %.4f", found.top1, facts[WARMUP_TOP1])
     return facts
 
 

@@ -184,6 +184,30 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_nobody_interrupted(
     assert len(rows_of(tmp_path / "broken")) == 4
 
 
+@pytest.mark.parametrize("arch", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_a_kept_projection_is_the_embedding_everywhere(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, arch: str
+) -> None:
+    recipe, folder, size = replace(SHORT, epochs=1), tmp_path / "run", {"test_vit": 160}.get(arch, 32)
+    student = distill(
+        tiny_backbone, arch, photos, folder, recipe=recipe, settings=replace(SETTINGS, width=6), img_size=size,
+        project=True,
+    )  # fmt: skip
+    assert student.dim == 6
+    store = ek.extract(photos, tmp_path / "a.h5", student)
+    again = ek.Backbone.reload(store.spec, store.recipe)
+    assert np.allclose(again.embed(photos / "cat" / "1.jpg"), store.rows(ids=["cat/1.jpg"])[0], atol=1e-4)
+    import timm
+
+    crop = torch.from_numpy(student.pixels(photos / "cat" / "1.jpg")).permute(2, 0, 1)[None] / 255
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (student.preprocessing.mean, student.preprocessing.std)
+    )
+    with torch.no_grad():
+        found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()((crop - mean) / std)[0]
+    assert found.numpy() == pytest.approx(student.embed(photos / "cat" / "1.jpg"), abs=1e-3)
+
+
 def test_two_processes_teach_one_student(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
     script = tmp_path / "teach.py"
     script.write_text(KILLED)

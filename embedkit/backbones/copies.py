@@ -115,13 +115,14 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
     spec : EmbeddingSpec
         Of a backbone with the same architecture, preprocessing and pooling. Its weights do not matter.
     model : nn.Module
-        timm's network, without its classifier.
+        timm's network, without its classifier; one that it has is a projection, and its output the embedding.
 
     Returns
     -------
     dict
-        JSON values: "architecture", "model_args", "pretrained_cfg" and "load_defaults".
+        JSON values: "architecture", "model_args", "pretrained_cfg", "load_defaults", and "projected" where it is.
     """
+    width = int(getattr(model, "num_classes", 0) or 0)
     pixels, own = spec.preprocessing, getattr(model, "pretrained_cfg", {})
     defaults = {
         "pool": spec.pool,
@@ -134,7 +135,7 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
         defaults["img_size"] = list(pixels.img_size)
     return {
         "architecture": spec.backbone,
-        "num_classes": 0,
+        "num_classes": width,
         "num_features": getattr(model, "num_features", spec.dim),
         "model_args": dict(spec.arch_kwargs),
         "pretrained_cfg": {
@@ -145,12 +146,13 @@ def sidecar_values(spec: EmbeddingSpec, model: nn.Module) -> dict[str, Any]:
             "crop_mode": pixels.crop_mode,
             "mean": list(pixels.mean),
             "std": list(pixels.std),
-            "num_classes": 0,
+            "num_classes": width,
             "first_conv": _plain(own.get("first_conv")),
             "classifier": _plain(own.get("classifier")),
             "license": _plain(own.get("license")),
         },
         "load_defaults": defaults,
+        **({"projected": True} if width else {}),
     }
 
 

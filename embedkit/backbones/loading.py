@@ -32,6 +32,7 @@ class Source:
     weights: Path | None = None
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)  # Of `Backbone.load`, as an adapted folder wants them.
+    is_projected: bool = False  # Whether timm's classifier is a projection, and its output the embedding.
 
 
 def resolve(model: str, arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Source:
@@ -62,13 +63,13 @@ def resolve(model: str, arch: str | None, arch_kwargs: Mapping[str, Any] | None)
 
 
 def build(source: Source, img_size: tuple[int, int] | None) -> nn.Module:
-    """Create the network of a source with its weights and without its classifier."""
+    """Create the network of a source with its weights, and without its classifier unless that is a projection."""
     kwargs = _of_architecture(source.arch_kwargs)
     _require_known(source.arch)
     if img_size is not None and takes_size(source.arch):
         kwargs["img_size"] = img_size  # Resamples position embeddings.
     model = _from_hub(source.arch, kwargs) if source.weights is None else _from_file(source, kwargs)
-    if getattr(model, "num_classes", 0):
+    if getattr(model, "num_classes", 0) and not source.is_projected:
         model.reset_classifier(0)  # type: ignore[operator]
     return model
 
@@ -151,7 +152,7 @@ def _from_sidecar(path: Path, arch: str | None, kwargs: dict[str, Any], weights:
         raise BackboneError(f"{path}: load_defaults must be a JSON object")
     weights = weights or _weights_beside(path, values)
     _check_sha256(weights, values)
-    return Source(arch or found, {**saved, **kwargs}, weights, config, defaults)
+    return Source(arch or found, {**saved, **kwargs}, weights, config, defaults, values.get("projected") is True)
 
 
 def _weights_beside(sidecar: Path, values: Mapping[str, Any]) -> Path:

@@ -150,6 +150,7 @@ def _options(command: Command) -> Command:
 )
 @some_source_options("columns", "root", "include", "exclude", "limit", "sample", "follow_links")
 @_options
+@click.option("--project", is_flag=True, help="Keep the linear map to the teachers' directions as the embedding.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
     help="Number format of the weight file.",
@@ -174,6 +175,7 @@ def distill(
     img_size: int | None,
     arch_kwargs: dict[str, Any] | None,
     teacher_stores: Path | None,
+    project: bool,
     precision: str,
     judge: Path | None,
     judge_split: Path | None,
@@ -206,8 +208,8 @@ def distill(
     with printing.StageBars(quiet) as bars:
         backbone = teach(
             teachers, student, listing, output, settings=settings, recipe=recipe, img_size=img_size,
-            arch_kwargs=arch_kwargs, stores=teacher_stores, precision=precision, device=device, workers=workers,
-            overwrite=overwrite, progress=bars.update,
+            arch_kwargs=arch_kwargs, stores=teacher_stores, project=project, precision=precision, device=device,
+            workers=workers, overwrite=overwrite, progress=bars.update,
         )  # fmt: skip
     if not follows():
         values = json.loads((output / "report.json").read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from embedkit.backbones import Backbone
 from embedkit.errors import FinetuneError
@@ -32,7 +33,7 @@ from embedkit.finetuning.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.saving import save_backbone
-from embedkit.finetuning.students import Student, fit_projection, make_student, with_projection
+from embedkit.finetuning.students import Student, fit_projection, keep_projection, make_student, with_projection
 from embedkit.finetuning.targets import Targets, build_targets
 from embedkit.finetuning.teachers import common_ids, embed_views, load_teachers, open_stores
 from embedkit.finetuning.trainee import Trainee
@@ -133,6 +134,7 @@ def distill(
     img_size: int | None = None,
     arch_kwargs: Mapping[str, Any] | None = None,
     stores: str | os.PathLike[str] | None = None,
+    project: bool = False,
     precision: str = "fp32",
     device: str = "auto",
     workers: int | None = None,
@@ -142,8 +144,9 @@ def distill(
     """Teach a small backbone to reproduce the embeddings of one or several others, on images without labels.
 
     The teachers embed the images once, into stores; the student sees the same images at its own size, and a linear map
-    from its embedding to theirs learns with it. That map is dropped at the end. After every epoch the whole state is on
-    disk: the same call, after a kill, ends in the very weights of a run that nobody interrupted.
+    from its embedding to theirs learns with it. That map is dropped at the end, unless it is to be kept. After every
+    epoch the whole state is on disk: the same call, after a kill, ends in the very weights of a run that nobody
+    interrupted.
 
     Parameters
     ----------
@@ -165,6 +168,9 @@ def distill(
         Keyword arguments of the student's architecture.
     stores : path-like, optional
         Folder of the teachers' stores, to be shared between runs; by default ``OUTPUT/teachers``.
+    project : bool, default False
+        Whether the linear map is kept: the student's embedding is then what it says of its teachers' directions, one
+        teacher beside the other.
     precision : {"fp32", "fp16"}, default "fp32"
         Number format of the weight file; the backbone computes in float32 either way.
     device : str, default "auto"
@@ -202,7 +208,7 @@ def distill(
             student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
             drop_path=recipe.drop_path, device=device,
         )  # fmt: skip
-        identity = _identity(pupil, known, listing, settings)
+        identity = {**_identity(pupil, known, listing, settings), "project": project}
         if world.first:
             folder.claim(recipe, identity, overwrite=overwrite)
         world.total(torch.zeros(1))
@@ -214,8 +220,9 @@ def distill(
             world.total(torch.zeros(1))  # The others find whole stores.
             found = open_stores(known, places)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
-            history = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
+            history, projection = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:
+                pupil = keep_projection(pupil, projection) if project else pupil
                 _finish(pupil, lesson, folder, settings, recipe, history, precision)
         world.total(torch.zeros(1))  # Nobody loads what the first process is still writing.
     return Backbone.load(folder.path, device=device)
@@ -271,8 +278,8 @@ def _prepare(
 def _teach(
     student: Student, lesson: _Lesson, folder: RunFolder, settings: Distillation, recipe: Recipe,
     identity: Mapping[str, Any], world: World, workers: int | None, progress: Watcher | None,
-) -> History:  # fmt: skip
-    """Train the student, and leave the best epoch's weights in it."""
+) -> tuple[History, nn.Module]:  # fmt: skip
+    """Train the student, leave the best epoch's weights in it, and return its projection too."""
     targets, pixels = lesson.targets, student.spec.preprocessing
     trainee = with_projection(student, sum(targets.widths), freeze_norm=recipe.freeze_norm, seed=recipe.seed)
     known = {**identity, "stores": [store.content_id for store in lesson.stores]}
@@ -293,12 +300,13 @@ def _teach(
                 trainee, held, lambda rows: targets.rows(lesson.held[rows]), targets.widths, world=world
             )
 
-    return train(
+    history = train(
         trainee, feed, recipe, folder.path, blocks=blocks_of(trainee), validate=validate, world=world,
         identity=known,
         criterion=Mimicry(targets.widths, settings.distance),
         progress=None if progress is None else lambda moment: progress("training", moment),
     )  # fmt: skip
+    return history, trainee.head
 
 
 def _fit_first(trainee: Trainee, lesson: _Lesson, pixels: Preprocessing, recipe: Recipe, workers: int | None) -> None:

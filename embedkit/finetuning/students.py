@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -129,6 +130,49 @@ def fit_projection(trainee: Trainee, embeddings: Tensor, targets: Tensor) -> Non
     with torch.no_grad():
         projection.weight.copy_(weights.T)
         projection.bias.copy_(y_mean - x_mean @ weights)
+
+
+def keep_projection(student: Student, projection: nn.Module) -> Student:
+    """Return a student whose embedding is what its projection says, as the classifier of timm's network.
+
+    Parameters
+    ----------
+    student : Student
+        Is left as it is.
+    projection : nn.Module
+        The linear map that learned with it.
+
+    Returns
+    -------
+    Student
+
+    Raises
+    ------
+    FinetuneError
+        When the architecture ends otherwise than with a linear classifier upon its embedding.
+    """
+    assert isinstance(projection, nn.Linear)
+    network, width = student.network, projection.out_features
+    model = copy.deepcopy(network.model).cpu()
+    try:
+        model.reset_classifier(width)  # type: ignore[operator]
+        classifier = model.get_classifier()  # type: ignore[operator]
+        classifier.load_state_dict(projection.state_dict())
+    except (AttributeError, RuntimeError) as error:
+        raise FinetuneError(
+            f"{student.spec.backbone} has no linear classifier to keep a projection in: {error}"
+        ) from error
+    projected = Network(model.eval(), network.preprocessing, network.pools)
+    height, width_ = network.preprocessing.img_size
+    crops = torch.arange(3 * height * width_).remainder(256).to(torch.uint8).view(1, 3, height, width_)
+    with torch.no_grad():
+        wanted = projection(network(crops.to(network.scale.device))[0]).cpu()
+        if student.spec.pool != "default" or not torch.allclose(projected(crops)[0], wanted, rtol=1e-3, atol=1e-3):
+            raise FinetuneError(
+                f"the {student.spec.pool} pooling of {student.spec.backbone} is not what its classifier sees; leave "
+                "--project out"
+            )
+    return Student(projected, replace(student.spec, dim=width), student.fresh)
 
 
 def _has_weights(student: str) -> bool:

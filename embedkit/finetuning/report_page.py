@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from embedkit.evaluation.bench_page import page_style
 from embedkit.evaluation.cell_details import Pictures, cell_details, name, table, text
@@ -244,16 +245,22 @@ def _changed(found: BeforeAfter | None, store: Store | None, room: Pictures) -> 
         ("wrong now, and right before", np.flatnonzero((before == true) & (after != true))),
     ):
         items = []
-        for row in rows[:CHANGED].tolist():
+        for row in _spread(rows).tolist():
             caption = f"<b>{name(after[row])}</b><br>was {name(before[row])}" + (
                 "" if after[row] == true[row] else f"<br>is {name(true[row])}"
             )
             picture = room.tag(store, ids[row])
             below = f"<figcaption>{caption}<small>{text(ids[row])}</small></figcaption>"
             items.append(f"<li><figure>{picture}{below}</figure></li>")
-        more = f"; {len(rows) - CHANGED:,} more are not shown" if len(rows) > CHANGED else ""
+        more = f"; {len(rows) - len(items):,} of them are not shown" if len(rows) > len(items) else ""
         parts.append(f"<h3>{counted(len(rows), 'image')} {label}{more}</h3><ol class=pictures>{''.join(items)}</ol>")
     return f"<h2>Examples that changed</h2>{''.join(parts)}"
+
+
+def _spread(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return some of many rows, evenly from all over them: ids are sorted by class, mostly."""
+    chosen: npt.NDArray[np.int64] = rows[:: max(1, -(-len(rows) // CHANGED))]
+    return chosen
 
 
 def _paired(before: Report, after: Report) -> tuple[list[str], list[str], list[str], list[str]]:

@@ -1,7 +1,7 @@
 """What each ingredient of fine-tuning is worth: the same images, one ingredient more a row, several seeds.
 
-    python benchmarks/finetune_ingredients.py IMAGES SPLIT.csv MODEL OUTPUT [--seeds 0,1,2] [--epochs 10]
-        [--only last-block,all] [--device cpu] [--more "--batch-size 64"]
+    python benchmarks/finetune_ingredients.py IMAGES SPLIT.csv MODEL OUTPUT [--seeds 0,1,2] [--epochs 6]
+        [--only last-block,all] [--device cpu] [--more "--workers 4"]
 
 Every row is `embedkit finetune` with the options that the table names, in a folder of its own below OUTPUT; all share
 the embeddings of the frozen backbone. A run that is there already is not repeated, and one that was killed goes on, so
@@ -25,15 +25,16 @@ from typing import Any
 import embedkit as ek
 
 # Each row but the first adds to the one before it.
+COMMON = ("--batch-size", "16")
 ROWS = {
     "warm-up": ("--epochs", "0"),
-    "last-block": ("--unfreeze", "last-1", "--layer-decay", "1"),
+    "last-block": ("--unfreeze", "last-1", "--layer-decay", "1", "--body-lr", "3e-4", "--head-lr", "3e-4"),
     "all": ("--layer-decay", "1", "--body-lr", "3e-4", "--head-lr", "3e-4"),
     "differential": ("--layer-decay", "1", "--body-lr", "3e-4", "--head-lr", "1e-3"),
-    "decay": ("--layer-decay", "0.85", "--body-lr", "3e-4", "--head-lr", "1e-3"),
-    "augmentation": ("--layer-decay", "0.85", "--body-lr", "3e-4", "--head-lr", "1e-3", "--augment", "medium"),
+    "decay": ("--layer-decay", "0.75", "--body-lr", "3e-4", "--head-lr", "1e-3"),
+    "augmentation": ("--layer-decay", "0.75", "--body-lr", "3e-4", "--head-lr", "1e-3", "--augment", "light"),
     "mixing": (
-        "--layer-decay", "0.85", "--body-lr", "3e-4", "--head-lr", "1e-3", "--augment", "medium", "--mixup", "0.2",
+        "--layer-decay", "0.75", "--body-lr", "3e-4", "--head-lr", "1e-3", "--augment", "light", "--mixup", "0.2",
         "--cutmix", "1",
     ),
 }  # fmt: skip
@@ -54,7 +55,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace, store: Path) -> dict
     if not (folder / "report.json").exists():
         command = [
             sys.executable, "-m", "embedkit", "finetune", arguments.images, "-m", arguments.model, "-o", str(folder),
-            "--split", arguments.split, "--store", str(store), "--epochs", str(arguments.epochs), *ROWS[row],
+            "--split", arguments.split, "--store", str(store), "--epochs", str(arguments.epochs), *COMMON, *ROWS[row],
             "--seed", str(seed), "--device", arguments.device, *shlex.split(arguments.more),
         ]  # fmt: skip
         print(shlex.join(command[1:]), file=sys.stderr, flush=True)
@@ -85,7 +86,7 @@ def main() -> None:
     for name in ("images", "split", "model", "output"):
         parser.add_argument(name)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--only", default=",".join(ROWS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--more", default="", help="options for every run")

@@ -206,8 +206,9 @@ def test_out_of_memory_halves_the_batch_and_ends_as_the_whole_one_would(
     trainee.head = Narrow(trainee.head, 2, error)
     narrow, history = world.train(tmp_path / "narrow", trainee=trainee)
     assert trainee.head.largest == 2
-    assert [row.batch_size for row in history.epochs] == [2, 2, 2]
-    assert caplog.text.count("out of memory") == 2  # From 6 images to 3, and to 2.
+    sizes = {row.batch_size for row in history.epochs}
+    assert sizes <= {2, 3}  # Two threads have two shares of three: none sees more than two of them.
+    assert f"out of memory: {max(sizes)} images at once" in caplog.text
     for left, right in zip(wide.parameters(), narrow.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
 
@@ -354,6 +355,8 @@ def vit_world(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> World:
 
 def train_once(world: World, folder: Path, changes: dict[str, Any]) -> None:
     """Train in as many processes as torchrun started, and say each update."""
+    if "WORLD_SIZE" not in os.environ:
+        torch.set_num_threads(2)  # A share for each: their sum must be the same each time.
     narrow = changes.pop("narrow", None)
     recipe = replace(RECIPE, **changes)
     trainee = world.trainee(recipe)
@@ -372,7 +375,7 @@ def train_once(world: World, folder: Path, changes: dict[str, Any]) -> None:
 
 def main(backbone: str, photos: str, *once: str) -> None:
     """Train once, or for every line of standard input in a child of its own, whose id is said first."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # No thread may be running when this process forks.
     world = World(Path(backbone), Path(photos))
     if once:
         train_once(world, Path(once[0]), json.loads(once[1]))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import embedkit as ek
 from embedkit.errors import FinetuneError
+from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
 from embedkit.finetuning.recipe import Recipe
 from tests.conftest import write_photos
@@ -141,6 +142,25 @@ def test_settings_that_make_no_sense_are_refused(
         distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", settings=Distillation(**values))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "recipe, words",
+    [(Recipe(), "cosine or loss"), (replace(SHORT, augmentation=Augmentation(mixup=0.2)), "mixed images")],
+)
+def test_recipes_that_would_be_ignored_are_refused(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, recipe: Recipe, words: str
+) -> None:
+    with pytest.raises(FinetuneError, match=words):
+        distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe)
+
+
+def test_without_held_out_images_the_training_loss_chooses(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    settings = replace(SETTINGS, held_out=0.0)
+    distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=SHORT, settings=settings, img_size=32)
+    rows = rows_of(tmp_path / "run")
+    assert [row["images"] for row in rows] == [24.0] * 3
+    assert json.loads((tmp_path / "run" / "backbone.json").read_text())["metrics"] == {}
+
+
 def test_teachers_are_several_different_ones(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
     with pytest.raises(FinetuneError, match="named twice"):
         distill([tiny_backbone, tiny_backbone], "test_resnet", photos, tmp_path / "run")
@@ -154,6 +174,7 @@ from dataclasses import replace
 import os, signal
 import torch
 torch.set_num_threads(1)
+from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
 teacher, photos, folder, deadly = sys.argv[1:]
 

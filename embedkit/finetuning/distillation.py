@@ -200,6 +200,7 @@ def distill(
     >>> ek.extract("photos/", "small.h5", student)  # doctest: +SKIP
     """
     settings, recipe = settings or Distillation(), recipe or DISTILLING
+    _check_recipe(recipe)
     folder = RunFolder(output)
     with join_world(device) as world:
         listing = listed(images)
@@ -226,6 +227,14 @@ def distill(
                 _finish(pupil, lesson, folder, settings, recipe, history, precision)
         world.total(torch.zeros(1))  # Nobody loads what the first process is still writing.
     return Backbone.load(folder.path, device=device)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse what would be ignored, or found out after an epoch."""
+    if recipe.metric not in ("cosine", "loss"):
+        raise FinetuneError(f"the best epoch of a distillation is told by cosine or loss, and not by {recipe.metric!r}")
+    if recipe.augmentation.mixes:
+        raise FinetuneError("mixed images have no teacher; leave mixup and cutmix at 0")
 
 
 def _identity(

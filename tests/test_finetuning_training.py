@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from embedkit.backbones import Backbone, import_timm
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.blocks import blocks_of
-from embedkit.finetuning.checkpoints import load_state
+from embedkit.finetuning.checkpoints import load_state, save_state
 from embedkit.finetuning.distributed import join_world
 from embedkit.finetuning.feed import Feed
 from embedkit.finetuning.history import History, Moment
@@ -177,6 +178,49 @@ def test_a_damaged_state_is_named_with_what_to_do(world: World, tmp_path: Path) 
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FinetuneError, match=r"last\.safetensors cannot be read .*; remove the folder .*state"):
         world.train(tmp_path, replace(RECIPE, epochs=1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"history": {"epochs": [], "best_epoch": 3, "stopped": ""}},
+        {"history": {"epochs": [{"epoch": 1}], "best_epoch": 0, "stopped": ""}},
+        {"optimiser": {"pairs": []}},
+        {"optimiser": {"tensor": "trainee.head.bias"}},
+        {"plateau": {"factor": 1.0, "other": 2}},
+        {"at_once": "many"},
+        {"best_score": [1]},
+    ],
+    ids=lambda changes: json.dumps(changes)[:40],
+)
+def test_a_state_that_a_stranger_changed_is_refused_by_name(
+    world: World, tmp_path: Path, changes: dict[str, Any], one_epoch: Path
+) -> None:
+    shutil.copytree(one_epoch, tmp_path / "run")
+    path = tmp_path / "run" / "state" / "last.safetensors"
+    tensors, facts = load_state(path)
+    save_state(path, tensors, facts | changes)
+    with pytest.raises(FinetuneError, match=r"last\.safetensors does not fit this run .*; remove the folder"):
+        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
+
+
+def test_the_weights_of_another_network_are_refused_by_name(world: World, tmp_path: Path, one_epoch: Path) -> None:
+    shutil.copytree(one_epoch, tmp_path / "run")
+    best = tmp_path / "run" / "state" / "best-1.safetensors"
+    _, facts = load_state(best)
+    save_state(best, {"trainee.head.weight": torch.zeros(3, 3)}, facts)
+    with pytest.raises(FinetuneError, match=r"best-1\.safetensors does not fit this run"):
+        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
+    best.unlink()
+    with pytest.raises(FinetuneError, match=r"best-1\.safetensors is missing; remove the folder"):
+        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
+
+
+@pytest.fixture(scope="module")
+def one_epoch(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_epoch")
+    world.train(folder, replace(RECIPE, epochs=1))
+    return folder
 
 
 class Narrow(nn.Module):

@@ -113,7 +113,8 @@ def join_world(device: str = "cpu") -> Iterator[World]:
     Parameters
     ----------
     device : str, default "cpu"
-        What they compute on: "cuda" gives each the accelerator of its local rank, and speaks NCCL; all else Gloo.
+        What they compute on: with "cuda", and "auto" where there is a GPU, "cuda" means from now on the GPU of the
+        process's local rank, and they speak NCCL; otherwise Gloo.
 
     Raises
     ------
@@ -130,7 +131,7 @@ def join_world(device: str = "cpu") -> Iterator[World]:
     if size == 1 or processes.is_initialized():
         yield World(processes.get_rank(), processes.get_world_size()) if processes.is_initialized() else World()
         return
-    accelerated = device.startswith("cuda")
+    accelerated = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if accelerated:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():

@@ -84,9 +84,11 @@ class History:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """Return what `to_dict` wrote."""
-        rows = tuple(EpochRow(**row) for row in values["epochs"])
-        return cls(rows, int(values["best_epoch"]), str(values["stopped"]))
+        """Return what `to_dict` wrote; raise ValueError where that cannot be."""
+        rows, best = tuple(EpochRow(**row) for row in values["epochs"]), values["best_epoch"]
+        if [row.epoch for row in rows] != list(range(1, len(rows) + 1)) or best not in range(len(rows) + 1):
+            raise ValueError("its epochs are not in order")
+        return cls(rows, best, str(values["stopped"]))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,21 +134,17 @@ def keep(run: Run, best: Mapping[str, Tensor]) -> None:
 def _restore(run: Run) -> None:
     path = run.state / LAST
     tensors, facts = load_state(path)
-    try:
-        check_identity(path, facts["identity"], run.identity)
+    check_identity(path, facts["identity"], run.identity)
+    with _fitting(path):
         run.trainee.load_state_dict(_named(tensors, "trainee."))
         run.criterion.load_state_dict(_named(tensors, "criterion."))
         unpack_optimiser(run.optimiser, tensors, facts["optimiser"])
         if run.average is not None:
-            run.average.load(_named(tensors, "average."), facts["updates"])
+            run.average.load(_named(tensors, "average."), int(facts["updates"]))
         run.scaler.load_state_dict(facts["scaler"])
         run.history = History.from_dict(facts["history"])
-        run.at_once, run.plateau = int(facts["at_once"]), Plateau(**facts["plateau"])
+        run.at_once, run.plateau = max(1, int(facts["at_once"])), Plateau(**facts["plateau"])
         run.best_score = -math.inf if facts["best_score"] is None else float(facts["best_score"])
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise FinetuneError(
-            f"{path} does not fit this network ({error}); remove the folder {run.state} to begin the run again"
-        ) from error
 
 
 def load_best(run: Run) -> None:
@@ -159,8 +155,22 @@ def load_best(run: Run) -> None:
     path = best_path(run.state, run.history.best_epoch)
     if not path.exists():
         raise FinetuneError(f"{path} is missing; remove the folder {run.state} to begin the run again")
-    run.trainee.load_state_dict(_named(load_state(path)[0], "trainee."))
+    tensors, facts = load_state(path)
+    check_identity(path, facts["identity"], run.identity)
+    with _fitting(path):
+        run.trainee.load_state_dict(_named(tensors, "trainee."))
     run.world.share_values(run.trainee)
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Name the file where what was read does not fit."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+        raise FinetuneError(
+            f"{path} does not fit this run ({error}); remove the folder {path.parent} to begin the run again"
+        ) from error
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

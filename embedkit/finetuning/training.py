@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,7 +284,7 @@ def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str
         better = not metrics or not run.history.best_epoch or score > run.best_score
         best = {f"trainee.{name}": value.clone() for name, value in run.trainee.state_dict().items()} if better else {}
     run.validating = time.perf_counter() - started
-    row = EpochRow(**{**asdict(row), "metrics": metrics})
+    row = replace(row, metrics=metrics)
     best_epoch = epoch if better else run.history.best_epoch
     run.best_score = score if better else run.best_score
     run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" else run.plateau
@@ -326,10 +326,6 @@ def _say(run: Run, row: EpochRow) -> None:
 
 
 def _spell(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -60,6 +60,8 @@ def test_the_folder_is_a_backbone_that_says_where_it_comes_from(
     assert backbone.embed(photos / "cat" / "1.jpg").shape == (backbone.dim,)
     said = json.loads((taught / "backbone.json").read_text())
     assert len(said["parents"]) == 2
+    assert said["information"]["began_with"] is None
+    assert json.loads((taught / "report.json").read_text())["student"]["digest"] == backbone.spec.digest
     assert said["recipe"]["distillation"]["views"] == 2
     assert said["metrics"]["cosine"] == max(row["val_cosine"] for row in rows_of(taught))
     assert not (taught / "state").exists()
@@ -98,6 +100,9 @@ def test_a_backbone_goes_on_from_what_it_knows(tmp_path: Path, photos: Path, tin
     frozen = replace(SHORT, epochs=1, body_lr=0.0, freeze_norm=True)
     before = ek.Backbone.load(tiny_backbone, img_size=48)
     after = distill(tiny_backbone, before, photos, tmp_path / "run", recipe=frozen, settings=SETTINGS)
+    said = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert said["began_with"]["digest"] == before.spec.digest
+    assert said["student"]["digest"] == after.spec.digest
     assert after.spec.weights_sha256 == before.spec.weights_sha256
     assert after.preprocessing == before.preprocessing
 

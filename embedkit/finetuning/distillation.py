@@ -342,16 +342,18 @@ def _finish(
         "seconds": round(sum(row.seconds for row in history.epochs)), "machine": machine_name(),
         "finished": time.strftime("%Y-%m-%d %H:%M %Z"), **versions(),
     }  # fmt: skip
-    account = {
-        "metrics": metrics, "student": _described(student.spec), "facts": facts, "settings": asdict(settings),
-        "teachers": [_described(store.spec) for store in lesson.stores], "recipe": recipe.to_dict(),
-        "history": history.to_dict(),
-    }  # fmt: skip
+    begun = None if student.fresh else _described(student.spec)
     save_backbone(
         folder.path, student.network, student.spec, parents=[store.spec for store in lesson.stores],
-        recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics, information=facts,
-        precision=precision,
+        recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics,
+        information={**facts, "began_with": begun}, precision=precision,
     )  # fmt: skip
+    taught = Backbone.load(folder.path, device="cpu").spec
+    account = {
+        "metrics": metrics, "student": _described(taught), "began_with": begun, "facts": facts,
+        "teachers": [_described(store.spec) for store in lesson.stores], "settings": asdict(settings),
+        "recipe": recipe.to_dict(), "history": history.to_dict(),
+    }  # fmt: skip
     height, width = student.spec.preprocessing.img_size
     title = f"{student.spec.backbone} at {width} x {height} pixels"
     folder.write_report(account, distillation_page(title, account, history))

@@ -23,7 +23,7 @@ def distillation_page(title: str, account: Mapping[str, Any], history: History) 
     title : str
         What the student is called.
     account : mapping
-        As ``report.json`` has it: "student", "teachers", "facts", "recipe" and "settings".
+        As ``report.json`` has it: "student", "began_with", "teachers", "facts", "recipe" and "settings".
     history : History
         Its epochs.
 
@@ -44,7 +44,9 @@ def distillation_page(title: str, account: Mapping[str, Any], history: History) 
 
 
 def _backbones(account: Mapping[str, Any]) -> str:
-    everyone = [("student", account["student"]), *(("teacher", teacher) for teacher in account["teachers"])]
+    begun = account["began_with"]
+    everyone = [("student", account["student"]), *([("began as", begun)] if begun else [])]
+    everyone += [("teacher", teacher) for teacher in account["teachers"]]
     rows = [
         [text(role), text(one["name"]), f"{one['dim']:,}", " x ".join(map(str, one["img_size"])),
          text(one["digest"][:16])]

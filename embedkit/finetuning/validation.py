@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from embedkit.finetuning.trainee import Trainee
 
 
-@torch.no_grad()
 def validate_classes(
     trainee: Trainee,
     feed: Feed,
@@ -47,22 +46,23 @@ def validate_classes(
         ``top1`` and ``mean_class_accuracy``, fractions in [0, 1], and ``loss``, the mean cross-entropy. Empty when
         there are no such images.
     """
-    device = next(trainee.parameters()).device
+    world = world or World()
     sums: Tensor | None = None
     for batch in feed.validation():
         if not len(batch.rows):
             continue
-        logits = outputs_of(trainee, batch, context)  # (b, c)
-        codes = batch.codes.to(device)  # (b,)
-        if sums is None:
-            sums = torch.zeros(3, logits.shape[1], dtype=torch.float64, device=device)
+        logits, codes = outputs_of(trainee, batch, context).cpu(), batch.codes.cpu()  # (b, c), (b,)
         losses = nn.functional.cross_entropy(logits, codes, reduction="none")
+        if sums is None:
+            sums = torch.zeros(3, logits.shape[1], dtype=torch.float64)
         for row, values in zip(sums, (torch.ones_like(losses), logits.argmax(1) == codes, losses), strict=True):
             row.index_add_(0, codes, values.double())
     if sums is None:  # This process's share may be empty where another's is not.
         answers = [layer for layer in trainee.head.modules() if isinstance(layer, nn.Linear)][-1].out_features
-        sums = torch.zeros(3, answers, dtype=torch.float64, device=device)
-    counts, right, losses = (world or World()).total(sums)  # (c,) each
+        sums = torch.zeros(3, answers, dtype=torch.float64)
+    if world.size > 1:
+        sums = world.total(sums.to(next(trainee.parameters()).device)).cpu()
+    counts, right, losses = sums  # (c,) each
     if not (n := float(counts.sum())):
         return {}
     seen = counts > 0

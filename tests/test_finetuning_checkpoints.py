@@ -16,6 +16,7 @@ from embedkit.finetuning.checkpoints import (
     LAST,
     check_identity,
     forget,
+    load_facts,
     load_state,
     pack_optimiser,
     remove_leftovers,
@@ -53,6 +54,20 @@ def test_a_file_that_is_no_state_is_refused_with_what_to_do(tmp_path: Path, fact
     with pytest.raises(FinetuneError, match=reason) as caught:
         load_state(tmp_path / LAST)
     assert f"remove the folder {tmp_path}" in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limit of a file's length")
+    save_state(tmp_path / LAST, {"a": torch.zeros(1)}, {"identity": {"epoch": 1}})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(FinetuneError, match=r"last\.safetensors cannot be written"):
+            save_state(tmp_path / LAST, {"a": torch.zeros(4096)}, {"identity": {"epoch": 2}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_facts(tmp_path / LAST)["identity"] == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x04pickle", b"\xff" * 64], ids=["empty", "pickle", "large header"])

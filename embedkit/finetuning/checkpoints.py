@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from embedkit.errors import FinetuneError
-from embedkit.store.durable import ASIDE, aside, publish_over, write_durably
+from embedkit.store.durable import ASIDE, aside, naming, publish_over, sync
 
 FORMAT, VERSION = "embedkit-training", 1
 LAST = "last.safetensors"
@@ -41,14 +41,23 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
         On any device.
     facts : mapping of str to JSON values
         Everything else.
+
+    Raises
+    ------
+    FinetuneError
+        When the file cannot be written; the state that was there still is.
     """
     text = json.dumps({"format": FORMAT, "version": VERSION, **facts})
     seen: set[int] = set()
     values = {name: _alone(value.detach().cpu().contiguous(), seen) for name, value in tensors.items()}
-    data = save(values, metadata={"embedkit": text})
-    with aside(path.parent) as temporary:
-        write_durably(temporary, data)
-        publish_over(temporary, path)
+    with aside(path.parent) as fresh:
+        try:
+            save_file(values, fresh, metadata={"embedkit": text})
+        except SafetensorError as error:
+            raise FinetuneError(f"{path} cannot be written: {error}; mend that and run the same command") from error
+        with fresh.open("rb+") as file, naming(path):
+            sync(file.fileno())
+        publish_over(fresh, path)
 
 
 def _alone(value: Tensor, seen: set[int]) -> Tensor:

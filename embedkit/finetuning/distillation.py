@@ -290,6 +290,7 @@ def _teach(
 ) -> tuple[History, nn.Module]:  # fmt: skip
     """Train the student, leave the best epoch's weights in it, and return its projection too."""
     targets, pixels = lesson.targets, student.spec.preprocessing
+    criterion = Mimicry(targets.widths, settings.distance)
     trainee = with_projection(student, sum(targets.widths), freeze_norm=recipe.freeze_norm, seed=recipe.seed)
     known = {**identity, "stores": [store.content_id for store in lesson.stores]}
     if not student.fresh and not resumable(folder.path, known, recipe, world=world):
@@ -305,14 +306,12 @@ def _teach(
         held = Feed(files, None, pixels, recipe, workers=workers, rank=world.rank, world=world.size)
 
         def validate(trainee: Trainee) -> dict[str, float]:
-            return validate_mimicry(
-                trainee, held, lambda rows: targets.rows(lesson.held[rows]), targets.widths, world=world
-            )
+            return validate_mimicry(trainee, held, lambda rows: targets.rows(lesson.held[rows]), criterion, world=world)
 
     history = train(
         trainee, feed, recipe, folder.path, blocks=blocks_of(trainee), validate=validate, world=world,
         identity=known,
-        criterion=Mimicry(targets.widths, settings.distance),
+        criterion=criterion,
         progress=None if progress is None else lambda moment: progress("training", moment),
     )  # fmt: skip
     return history, trainee.head

@@ -59,12 +59,14 @@ class Mimicry(nn.Module):
     def forward(self, outputs: Tensor, embeddings: Tensor, batch: Answers) -> Tensor:
         """Return the mean distance () of outputs (b, d) from the batch's targets (b, d)."""
         assert batch.targets is not None
-        pairs = zip(_parts(outputs, self.widths), _parts(batch.targets, self.widths), strict=True)
+        return self.distances(outputs, batch.targets).sum() / max(1, len(outputs))
+
+    def distances(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the distance of every image, of shape (b,)."""
+        pairs = zip(_parts(outputs, self.widths), _parts(targets, self.widths), strict=True)
         if self.kind == "mse":
-            distances = [(found - wanted).square().mean(1) for found, wanted in pairs]
-        else:
-            distances = [1 - nn.functional.cosine_similarity(found, wanted, dim=1) for found, wanted in pairs]
-        return torch.stack(distances).mean(0).sum() / max(1, len(outputs))
+            return torch.stack([(found - wanted).square().mean(1) for found, wanted in pairs]).mean(0)
+        return torch.stack([1 - nn.functional.cosine_similarity(*pair, dim=1) for pair in pairs]).mean(0)
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def validate_mimicry(
     trainee: Trainee,
     feed: Feed,
     targets: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
-    widths: Sequence[int],
+    criterion: Mimicry,
     *,
     world: World | None = None,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -87,8 +89,8 @@ def validate_mimicry(
         Its `validation` gives the images, plain.
     targets : callable
         Takes the feed's rows of shape (b,) and returns their targets of shape (b, d).
-    widths : sequence of int
-        How many of the d belong to each teacher.
+    criterion : Mimicry
+        Says the widths, and the loss.
     world : World, optional
         The processes; by default this one alone.
     context : callable
@@ -98,24 +100,23 @@ def validate_mimicry(
     -------
     dict of str to float
         ``cosine``, the mean over images and teachers; with several teachers ``cosine_1``, ``cosine_2`` and so on, of
-        each; and ``loss``, the mean squared error. Empty when there are no such images.
+        each; and ``loss``, the mean of the criterion. Empty when there are no such images.
     """
-    device = next(trainee.parameters()).device
-    sums = torch.zeros(2 * len(widths) + 1, dtype=torch.float64, device=device)
+    device, widths = next(trainee.parameters()).device, criterion.widths
+    sums = torch.zeros(len(widths) + 2, dtype=torch.float64, device=device)
     for batch in feed.validation():
         outputs = outputs_of(trainee, batch, context)  # (b, d)
         wanted = torch.from_numpy(targets(batch.rows.cpu().numpy())).to(device)
-        pairs = list(zip(_parts(outputs, widths), _parts(wanted, widths), strict=True))
+        pairs = zip(_parts(outputs, widths), _parts(wanted, widths), strict=True)
         cosines = [nn.functional.cosine_similarity(*pair, dim=1).sum() for pair in pairs]
-        errors = [(found - hit).square().mean(1).sum() for found, hit in pairs]
-        sums += torch.stack([*cosines, *errors, outputs.new_tensor(len(outputs))]).double()
+        loss = criterion.distances(outputs, wanted).sum()
+        sums += torch.stack([*cosines, loss, outputs.new_tensor(len(outputs))]).double()
     *values, count = (world or World()).total(sums).tolist()
     if not count:
         return {}
-    means = [value / count for value in values]
-    cosines_, errors_ = means[: len(widths)], means[len(widths) :]
-    each = {f"cosine_{number}": value for number, value in enumerate(cosines_, 1)} if len(widths) > 1 else {}
-    return {"cosine": sum(cosines_) / len(widths), **each, "loss": sum(errors_) / len(widths)}
+    *cosine, loss = (value / count for value in values)
+    each = {f"cosine_{number}": value for number, value in enumerate(cosine, 1)} if len(widths) > 1 else {}
+    return {"cosine": sum(cosine) / len(widths), **each, "loss": loss}
 
 
 def _parts(values: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:

@@ -146,6 +146,18 @@ def test_a_judge_whose_images_are_gone_is_named(tmp_path: Path, tiny_backbone: P
         judge_backbone(backbone, store, tmp_path / "b.h5")
 
 
+def test_a_judgement_of_another_student_is_replaced(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, other_backbone: Path
+) -> None:
+    from embedkit.finetuning.judging import judge_backbone
+
+    one, other = ek.Backbone.load(tiny_backbone), ek.Backbone.load(other_backbone)
+    store = ek.extract(photos, tmp_path / "a.h5", one)
+    for backbone in (one, other, other):
+        judge_backbone(backbone, store, tmp_path / "b.h5")
+        assert ek.Store.open(tmp_path / "b.h5").digest == backbone.spec.digest
+
+
 def test_it_is_a_command_with_help() -> None:
     assert isinstance(distill, click.Command)
     assert "--teacher" in run("--help").output

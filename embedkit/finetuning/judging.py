@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedkit.backbones import Backbone
@@ -94,7 +93,7 @@ def judge_backbone(
     store : Store
         Of any other backbone, mostly a teacher, with labels; its images are where it says that they are.
     output : path-like
-        The store to make of the backbone's embeddings.
+        The store to make of the backbone's embeddings; one of another backbone that is there is replaced.
     split : path-like, optional
         As for `embedkit.probe`; without one, both are cross-validated in five folds.
     seed : int, default 0
@@ -119,7 +118,8 @@ def judge_backbone(
     if store.labels is None:
         raise FinetuneError(f"{store.path} has no labels to judge by; make it of a folder of classes")
     listing = Listing(store.root or store.path, _Pictures(store), store.classes, [], 0, has_paths=True)
-    made = extract(listing, Path(output), backbone, workers=workers, progress=progress)
+    stale = os.path.exists(output) and Store.open(output).digest != backbone.spec.digest
+    made = extract(listing, output, backbone, workers=workers, overwrite=stale, progress=progress)
     if len(made) < len(store):
         raise FinetuneError(
             f"{len(store) - len(made):,} of the {len(store):,} images of {store.path} are not there any more, such as "

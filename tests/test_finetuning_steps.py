@@ -114,6 +114,7 @@ def test_every_normalisation_behind_a_convolution_is_folded(arch: str) -> None:
     torch.testing.assert_close(inside, before, rtol=1e-3, atol=1e-4)
     assert {name: id(parameter) for name, parameter in trainee.named_parameters()} == weights
     assert all("forward" not in vars(norm) for norm in norms_of(trainee))
+    assert {pair.convolution.dilation for pair in pairs} == {(1, 1)}
     assert torch.equal(trainee(pixels), before)
 
 

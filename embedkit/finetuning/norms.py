@@ -81,16 +81,21 @@ def standing_in(folded: Sequence[Folded]) -> Iterator[None]:
 
     For all threads at once: what else uses the module meanwhile sees the same numbers.
     """
-    before = [dict(each.pair.convolution._parameters) for each in folded]
+    before = [(dict(each.pair.convolution._parameters), each.pair.convolution.dilation) for each in folded]
     try:
         for each in folded:
             stand_ins: dict[str, Any] = {"weight": each.weight, "bias": each.bias}  # Plain tensors, for a while.
             each.pair.convolution._parameters.update(stand_ins)
             each.pair.norm.forward = _Activation(each.pair.norm)
+            if each.pair.convolution.kernel_size == (1, 1):
+                # A single weight has no neighbours to be far from, but PyTorch leaves a small batch in a single thread
+                # to oneDNN only when it is dilated, and its other routine takes up to twice the time.
+                each.pair.convolution.dilation = (2, 2)
         yield
     finally:
-        for each, parameters in zip(folded, before, strict=True):
+        for each, (parameters, dilation) in zip(folded, before, strict=True):
             each.pair.convolution._parameters.update(parameters)
+            each.pair.convolution.dilation = dilation
             each.pair.norm.__dict__.pop("forward", None)
 
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from embedkit.finetuning.feed import TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
-# What one thread computes together, so that its caches hold it: eight images of the usual size, as in an extraction.
-# Many small ones, because every part has costs of its own.
-_AT_ONCE, _PIXELS_AT_ONCE = 8, 8 * 224 * 224
+# What one thread computes together: enough that the cost of a part is small, and its memory too. Small images by more.
+_AT_ONCE, _PIXELS_AT_ONCE = 16, 16 * 224 * 224
 # Raised by the accelerator's allocator, or by the system's.
 _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 

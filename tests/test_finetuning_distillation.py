@@ -96,6 +96,21 @@ def test_a_finished_run_is_returned_and_another_one_refused(
         distill(teachers, "test_resnet", photos, taught, recipe=SHORT, settings=settings, img_size=48)
 
 
+def test_another_run_replaces_one_when_asked_and_the_teachers_stores_stay(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    recipe, folder = replace(SHORT, epochs=1), tmp_path / "run"
+    first = distill(tiny_backbone, "test_resnet", photos, folder, recipe=recipe, settings=SETTINGS, img_size=32)
+    (store,) = (folder / "teachers").glob("*.h5")
+    made = store.stat().st_mtime_ns
+    other = distill(
+        tiny_backbone, "test_resnet", photos, folder, recipe=replace(recipe, seed=1), settings=SETTINGS, img_size=32,
+        overwrite=True,
+    )  # fmt: skip
+    assert other.spec.weights_sha256 != first.spec.weights_sha256
+    assert store.stat().st_mtime_ns == made
+
+
 def test_a_backbone_goes_on_from_what_it_knows(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
     frozen = replace(SHORT, epochs=1, body_lr=0.0, freeze_norm=True)
     before = ek.Backbone.load(tiny_backbone, img_size=48)

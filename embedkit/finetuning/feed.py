@@ -24,6 +24,7 @@ from embedkit.finetuning.transforms import read_variant
 from embedkit.images import MAX_PIXELS, Region, read_crop
 from embedkit.sources import Entry
 from embedkit.spec import Preprocessing
+from embedkit.text import counted
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
@@ -137,7 +138,7 @@ class Feed:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if len(entries) < world:
-            raise FinetuneError(f"{len(entries)} images are too few to train on in {world} processes")
+            raise FinetuneError(f"{counted(len(entries), 'image')} cannot be shared by {counted(world, 'process')}")
         if codes is not None and len(codes) != len(entries):
             raise FinetuneError(f"{len(entries)} images cannot have {len(codes)} classes; expected one for each")
         if not 0 <= rank < world:

@@ -25,17 +25,16 @@ from typing import Any
 import embedkit as ek
 
 # Each row but the first adds to the one before it.
-COMMON = ("--batch-size", "16")
+COMMON = ("--batch-size", "16", "--body-lr", "3e-4", "--augment", "none")
 ROWS = {
     "warm-up": ("--epochs", "0"),
-    "last-block": ("--unfreeze", "last-1", "--layer-decay", "1", "--body-lr", "3e-4", "--head-lr", "3e-4"),
-    "all": ("--layer-decay", "1", "--body-lr", "3e-4", "--head-lr", "3e-4"),
-    "differential": ("--layer-decay", "1", "--body-lr", "3e-4", "--head-lr", "1e-3"),
-    "decay": ("--layer-decay", "0.75", "--body-lr", "3e-4", "--head-lr", "1e-3"),
-    "augmentation": ("--layer-decay", "0.75", "--body-lr", "3e-4", "--head-lr", "1e-3", "--augment", "light"),
+    "last-block": ("--unfreeze", "last-1", "--layer-decay", "1", "--head-lr", "3e-4"),
+    "all": ("--layer-decay", "1", "--head-lr", "3e-4"),
+    "differential": ("--layer-decay", "1", "--head-lr", "1e-3"),
+    "decay": ("--layer-decay", "0.75", "--head-lr", "1e-3"),
+    "augmentation": ("--layer-decay", "0.75", "--head-lr", "1e-3", "--augment", "light"),
     "mixing": (
-        "--layer-decay", "0.75", "--body-lr", "3e-4", "--head-lr", "1e-3", "--augment", "light", "--mixup", "0.2",
-        "--cutmix", "1",
+        "--layer-decay", "0.75", "--head-lr", "1e-3", "--augment", "light", "--mixup", "0.2", "--cutmix", "1",
     ),
 }  # fmt: skip
 SAID = {

@@ -64,7 +64,7 @@ _TRAINING_OPTIONS = [
     click.option("--grad-accum-steps", type=int, default=1, show_default=True, help="Batches that make one update."),
     click.option("--opt", default="adamw", show_default=True, help="A name of timm.optim: sgd, adamw, rmsprop, ..."),
     click.option("--momentum", type=float, default=0.9, show_default=True, help="Where the optimiser has it."),
-    click.option("--body-lr", type=float, default=1e-4, show_default=True, help="Learning rate of the last block."),
+    click.option("--body-lr", type=float, default=3e-4, show_default=True, help="Learning rate of the last block."),
     click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Learning rate of the head."),
     click.option(
         "--layer-decay", type=float, default=0.75, show_default=True,
@@ -100,7 +100,7 @@ _TRAINING_OPTIONS = [
 
 _AUGMENTATION_OPTIONS = [
     click.option(
-        "--augment", type=click.Choice(["none", "light", "medium", "heavy"]), default="none", show_default=True,
+        "--augment", type=click.Choice(["none", "light", "medium", "heavy"]), default="light", show_default=True,
         help="A preset; the options below replace what it says.",
     ),
     click.option(

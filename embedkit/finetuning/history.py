@@ -26,7 +26,7 @@ class EpochRow:
     metrics : mapping of str to float
         Of the validation behind it; empty without one.
     rates : mapping of str to float
-        The last learning rate of each group.
+        The mean learning rate of each group.
     images : int
         That were learned from, in all processes.
     failed : int

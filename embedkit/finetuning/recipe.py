@@ -7,11 +7,11 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import Augmentation
+from embedkit.finetuning.augmentation import PRESETS, Augmentation
 
 WARMUPS = ("auto", "probe", "sgd", "none")
 SCHEDULES = ("constant", "cosine", "exponential", "step", "plateau", "one-cycle")
@@ -58,7 +58,7 @@ class Recipe:
         A name of timm.optim, such as sgd, adamw, adam, rmsprop or lamb.
     momentum : float, default 0.9
         Of optimisers that have it.
-    body_lr, head_lr : float, default 1e-4 and 1e-3
+    body_lr, head_lr : float, default 3e-4 and 1e-3
         Learning rates of the last block and of the head.
     layer_decay : float, default 0.75
         Each block's learning rate as a share of that of the block behind it; 1 gives all blocks one rate.
@@ -94,7 +94,7 @@ class Recipe:
         What the best epoch is chosen by, on validation images.
     seed : int, default 0
         Draws everything that is drawn.
-    augmentation : Augmentation
+    augmentation : Augmentation, default "light" of `embedkit.finetuning.augmentation.PRESETS`
         How training images are varied.
 
     Raises
@@ -105,7 +105,7 @@ class Recipe:
     Examples
     --------
     >>> from embedkit.finetuning.recipe import Recipe
-    >>> recipe = Recipe(unfreeze="last-2", body_lr=3e-4)
+    >>> recipe = Recipe(unfreeze="last-2", body_lr=1e-4)
     >>> Recipe.from_dict(recipe.to_dict()) == recipe
     True
     """
@@ -125,7 +125,7 @@ class Recipe:
     grad_accum_steps: int = 1
     opt: str = "adamw"
     momentum: float = 0.9
-    body_lr: float = 1e-4
+    body_lr: float = 3e-4
     head_lr: float = 1e-3
     layer_decay: float = 0.75
     weight_decay: float = 0.05
@@ -144,7 +144,7 @@ class Recipe:
     patience: int = 0
     metric: str = "top1"
     seed: int = 0
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: Augmentation = PRESETS["light"]
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -193,7 +193,8 @@ class Recipe:
         _check_names(varied, Augmentation)
         varied = {name: tuple(value) if isinstance(value, list) else value for name, value in varied.items()}
         try:
-            return cls(**{**values, "augmentation": Augmentation(**varied)})
+            whole = {"augmentation": Augmentation(**varied)} if "augmentation" in values else {}
+            return cls(**{**values, **whole})
         except TypeError as error:
             raise FinetuneError(f"a recipe has a setting of the wrong type: {error}") from error
 

@@ -170,7 +170,8 @@ def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], 
     with closing(feed.epoch(epoch)) as batches:
         for step in range(updates):
             factor = run.plateau.factor * rate_factor(recipe, (epoch - 1) * updates + step, updates)
-            rates = set_rates(run.optimiser, factor)
+            for name, rate in set_rates(run.optimiser, factor).items():
+                rates[name] = rates.get(name, 0.0) + rate / updates
             _seed(recipe.seed, epoch, step, world.rank)
             group = [on_device(batch, run.device) for batch in islice(batches, recipe.grad_accum_steps)]
             count, loss, norm, left_out = _update(run, group)

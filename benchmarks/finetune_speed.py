@@ -7,7 +7,7 @@ IMAGES is a folder of classes, WEIGHTS a sidecar as `embedkit.Backbone.load` tak
 from the same weights on the same files, in batches of one size, with RandomResizedCrop and mirror images,
 cross-entropy, and AdamW for all weights:
 
-- embedkit: `embedkit.finetuning.training.train`, as `embedkit finetune` runs it;
+- embedkit: `embedkit.finetuning.training.loop.train`, as `embedkit finetune` runs it;
 - plain: torchvision's ImageFolder and transforms, a DataLoader with a worker for each processor, and the loop of every
   tutorial;
 - timm: what timm's train.py does: its dataset, its loader with the prefetcher, its optimiser and its step;
@@ -71,13 +71,13 @@ def embedkit(images: Path, weights: Path, options: argparse.Namespace) -> dict[s
     import numpy as np
 
     from embedkit import Backbone
-    from embedkit.finetuning.augmentation import Augmentation
     from embedkit.finetuning.blocks import blocks_of
-    from embedkit.finetuning.feed import Feed
-    from embedkit.finetuning.losses import make_criterion
+    from embedkit.finetuning.feeding.augmentation import Augmentation
+    from embedkit.finetuning.feeding.feed import Feed
     from embedkit.finetuning.recipe import Recipe
     from embedkit.finetuning.trainee import make_trainee
-    from embedkit.finetuning.training import train
+    from embedkit.finetuning.training.loop import train
+    from embedkit.finetuning.training.losses import make_criterion
     from embedkit.sources import list_images
 
     listing = list_images(images)

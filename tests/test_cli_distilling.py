@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import embedkit as ek
 from embedkit.cli.distilling import distill
-from embedkit.finetuning.distillation import DISTILLING, Distillation
+from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation
 from embedkit.finetuning.recipe_file import read_settings
 
 
@@ -127,7 +127,7 @@ def test_commands_that_make_no_sense_are_refused(arguments: tuple[object, ...], 
 
 
 def test_a_store_without_labels_is_no_judge(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
-    from embedkit.finetuning.judging import judge_backbone
+    from embedkit.finetuning.distillation.judging import judge_backbone
 
     backbone = ek.Backbone.load(tiny_backbone)
     store = ek.extract(photos / "cat", tmp_path / "a.h5", backbone)
@@ -136,7 +136,7 @@ def test_a_store_without_labels_is_no_judge(tmp_path: Path, photos: Path, tiny_b
 
 
 def test_a_judge_whose_images_are_gone_is_named(tmp_path: Path, tiny_backbone: Path) -> None:
-    from embedkit.finetuning.judging import judge_backbone
+    from embedkit.finetuning.distillation.judging import judge_backbone
     from tests.conftest import write_photos
 
     photos, backbone = write_photos(tmp_path / "photos", per_class=6), ek.Backbone.load(tiny_backbone)
@@ -149,7 +149,7 @@ def test_a_judge_whose_images_are_gone_is_named(tmp_path: Path, tiny_backbone: P
 def test_a_judgement_of_another_student_is_replaced(
     tmp_path: Path, photos: Path, tiny_backbone: Path, other_backbone: Path
 ) -> None:
-    from embedkit.finetuning.judging import judge_backbone
+    from embedkit.finetuning.distillation.judging import judge_backbone
 
     one, other = ek.Backbone.load(tiny_backbone), ek.Backbone.load(other_backbone)
     store = ek.extract(photos, tmp_path / "a.h5", one)

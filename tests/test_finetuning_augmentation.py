@@ -13,11 +13,11 @@ import pytest
 from embedkit import Preprocessing
 from embedkit.backbones import import_timm
 from embedkit.errors import FinetuneError, ImageError
-from embedkit.finetuning.augmentation import PRESETS, Augmentation
-from embedkit.finetuning.policies import Policy
+from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
+from embedkit.finetuning.feeding.policies import Policy
+from embedkit.finetuning.feeding.samples_page import write_samples
+from embedkit.finetuning.feeding.transforms import read_variant, vary
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.samples_page import write_samples
-from embedkit.finetuning.transforms import read_variant, vary
 from embedkit.images import DECODERS, read_crop
 from embedkit.sources import ImageFile, list_images
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.checkpoints import (
+from embedkit.finetuning.training.checkpoints import (
     LAST,
     check_identity,
     forget,

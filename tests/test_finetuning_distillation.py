@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import embedkit as ek
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
+from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation, distill
+from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
 from tests.conftest import write_photos
 
@@ -194,8 +194,8 @@ from dataclasses import replace
 import os, signal
 import torch
 torch.set_num_threads(1)
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.distillation import DISTILLING, Distillation, distill
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation, distill
 teacher, photos, folder, deadly = sys.argv[1:]
 
 def watch(what, state):

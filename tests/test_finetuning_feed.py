@@ -12,9 +12,9 @@ import torch
 
 from embedkit import Preprocessing
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import PRESETS, Augmentation
-from embedkit.finetuning.feed import Feed, TrainBatch
-from embedkit.finetuning.ordering import count_steps, epoch_order, in_steps, shard_of
+from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
+from embedkit.finetuning.feeding.feed import Feed, TrainBatch
+from embedkit.finetuning.feeding.ordering import count_steps, epoch_order, in_steps, shard_of
 from embedkit.finetuning.recipe import Recipe
 from embedkit.images import DECODERS, Region, read_crop
 from embedkit.sources import Entry, ImageFile, list_images

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from embedkit import Preprocessing
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.geometry import View, draw_view, enough_for, take_view
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.geometry import View, draw_view, enough_for, take_view
 from embedkit.images import DECODERS, crop, frame_of, read_image
 
 SQUARE = Preprocessing(img_size=(48, 48), crop_pct=1.0, interpolation="bilinear", decoder=DECODERS["standard"])

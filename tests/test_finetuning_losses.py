@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.losses import METRIC_LOSSES, balanced_weights, class_batches, make_criterion
+from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.training.losses import METRIC_LOSSES, balanced_weights, class_batches, make_criterion
 
 
 def batch_of(codes: list[int], targets: torch.Tensor | None = None) -> SimpleNamespace:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.feed import TrainBatch
-from embedkit.finetuning.mimicry import Mimicry, validate_mimicry
-from embedkit.finetuning.students import make_student, with_projection
+from embedkit.finetuning.distillation.mimicry import Mimicry, validate_mimicry
+from embedkit.finetuning.distillation.students import make_student, with_projection
+from embedkit.finetuning.feeding.feed import TrainBatch
 from embedkit.spec import Preprocessing
 
 # Two teachers of width 2; the student hits the first and misses the second by a right angle.

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.mixing import cut_box, draw_box, mix_batch
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.mixing import cut_box, draw_box, mix_batch
 
 
 def marked(count: int, height: int = 23, width: int = 31) -> torch.Tensor:

@@ -15,10 +15,10 @@ from torch import nn
 from embedkit.backbones import Backbone
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.blocks import blocks_of
-from embedkit.finetuning.optimisers import make_optimiser, parameter_groups, set_rates
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.schedules import Plateau, rate_factor
 from embedkit.finetuning.trainee import Trainee, make_trainee
+from embedkit.finetuning.training.optimisers import make_optimiser, parameter_groups, set_rates
+from embedkit.finetuning.training.schedules import Plateau, rate_factor
 
 RECIPE = Recipe(body_lr=1e-3, head_lr=1e-2, layer_decay=0.5, weight_decay=0.05)
 

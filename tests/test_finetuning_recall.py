@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embedkit.finetuning.feed import TrainBatch
-from embedkit.finetuning.recall import validate_recall
+from embedkit.finetuning.feeding.feed import TrainBatch
+from embedkit.finetuning.training.recall import validate_recall
 
 # Angles on the circle, in degrees, and classes: the nearest of 0 is 10, and so on.
 ANGLES, CODES = [0, 10, 90, 95, 180, 270], [0, 0, 1, 0, 1, 2]

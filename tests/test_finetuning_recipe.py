@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import Augmentation
+from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
 
 

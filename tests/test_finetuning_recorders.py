@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from embedkit.errors import MissingExtraError
-from embedkit.finetuning.history import EpochRow, History, write_epochs
-from embedkit.finetuning.recorders import TensorBoardRecorder, WandbRecorder
+from embedkit.finetuning.training.history import EpochRow, History, write_epochs
+from embedkit.finetuning.training.recorders import TensorBoardRecorder, WandbRecorder
 
 
 def row(epoch: int, loss: float) -> EpochRow:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.backbones.copies import fresh_network
-from embedkit.finetuning.feed import TrainBatch
-from embedkit.finetuning.losses import CrossEntropy
-from embedkit.finetuning.replicas import lend_replicas, return_replicas, statistics_of, takes_statistics
-from embedkit.finetuning.steps import accumulate
+from embedkit.finetuning.feeding.feed import TrainBatch
 from embedkit.finetuning.trainee import Trainee
-from embedkit.finetuning.ways import way_of
+from embedkit.finetuning.training.losses import CrossEntropy
+from embedkit.finetuning.training.replicas import lend_replicas, return_replicas, statistics_of, takes_statistics
+from embedkit.finetuning.training.steps import accumulate
+from embedkit.finetuning.training.ways import way_of
 from embedkit.spec import Preprocessing
 
 

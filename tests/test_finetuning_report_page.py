@@ -10,9 +10,9 @@ import pytest
 
 from embedkit.evaluation.charts import Line, line_chart
 from embedkit.finetuning.comparison import BeforeAfter, Change, classifier_report
-from embedkit.finetuning.history import EpochRow, History
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import WARMUP_TOP1, Account, run_page
+from embedkit.finetuning.training.history import EpochRow, History
 
 CLASSES = ["cat", "<b>dog</b>"]
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.backbones.copies import fresh_network
-from embedkit.finetuning.feed import TrainBatch
-from embedkit.finetuning.losses import CrossEntropy
-from embedkit.finetuning.norms import find_pairs, fold_pairs, standing_in
-from embedkit.finetuning.shares import sum_gradients
-from embedkit.finetuning.steps import accumulate
+from embedkit.finetuning.feeding.feed import TrainBatch
 from embedkit.finetuning.trainee import Trainee
-from embedkit.finetuning.ways import way_of
+from embedkit.finetuning.training.losses import CrossEntropy
+from embedkit.finetuning.training.norms import find_pairs, fold_pairs, standing_in
+from embedkit.finetuning.training.shares import sum_gradients
+from embedkit.finetuning.training.steps import accumulate
+from embedkit.finetuning.training.ways import way_of
 from embedkit.spec import Preprocessing
 
 PIXELS = Preprocessing(img_size=(64, 64), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))

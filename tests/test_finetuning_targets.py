@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.targets import build_targets, fit_target_map
-from embedkit.finetuning.teachers import common_ids
+from embedkit.finetuning.distillation.targets import build_targets, fit_target_map
+from embedkit.finetuning.distillation.teachers import common_ids
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store, StoreWriter
 

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from embedkit.backbones import Backbone, import_timm
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.blocks import blocks_of
-from embedkit.finetuning.checkpoints import load_state, save_state
-from embedkit.finetuning.distributed import join_world
-from embedkit.finetuning.feed import Feed
-from embedkit.finetuning.history import History, Moment
-from embedkit.finetuning.losses import CrossEntropy
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee, make_trainee
-from embedkit.finetuning.training import resumable, train
+from embedkit.finetuning.training.checkpoints import load_state, save_state
+from embedkit.finetuning.training.distributed import join_world
+from embedkit.finetuning.training.history import History, Moment
+from embedkit.finetuning.training.loop import resumable, train
+from embedkit.finetuning.training.losses import CrossEntropy
 from embedkit.sources import ImageFile, list_images
 
 RECIPE = Recipe(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.backbones import Backbone
-from embedkit.finetuning.feed import Feed
+from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee, make_trainee
-from embedkit.finetuning.validation import outputs_of, validate_classes
+from embedkit.finetuning.training.validation import outputs_of, validate_classes
 from embedkit.sources import ImageFile, list_images
 
 RECIPE = Recipe(batch_size=5)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from embedkit.errors import FinetuneError, ImageError
-from embedkit.finetuning.views import list_views, square_of
+from embedkit.finetuning.distillation.views import list_views, square_of
 from embedkit.images import Region, read_crop, upright_size
 from embedkit.sources import list_images, list_memory
 from embedkit.spec import Preprocessing

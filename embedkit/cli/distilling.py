@@ -25,7 +25,7 @@ from embedkit.cli.options import (
 
 if TYPE_CHECKING:
     from embedkit.backbones import Backbone
-    from embedkit.finetuning.distillation import Distillation
+    from embedkit.finetuning.distillation.distilling import Distillation
     from embedkit.finetuning.recipe import Recipe
 
 _TARGET_OPTIONS = [
@@ -194,7 +194,7 @@ def distill(
     DIR can be used wherever a backbone is, as -m DIR. An interrupted run goes on after its last epoch when the same
     command is given again. docs/distillation.md says more.
     """
-    from embedkit.finetuning.distillation import distill as teach
+    from embedkit.finetuning.distillation.distilling import distill as teach
     from embedkit.sources import list_images
 
     if not images:
@@ -222,8 +222,8 @@ def distill(
 def _settings_of(choices: dict[str, Any]) -> tuple[Distillation, Recipe]:
     """Take the settings of a distillation out of the values of the command's options."""
     from embedkit.errors import FinetuneError
-    from embedkit.finetuning.augmentation import Augmentation
-    from embedkit.finetuning.distillation import DISTILLING, Distillation
+    from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation
+    from embedkit.finetuning.feeding.augmentation import Augmentation
 
     try:
         jitter = choices.pop("color_jitter")
@@ -243,7 +243,7 @@ def _judgement(
     backbone: Backbone, judge: Path, split: Path | None, output: Path, workers: int | None, as_json: bool, quiet: bool
 ) -> dict[str, Any]:
     """Probe the student beside a store, and print the table unless JSON is wanted."""
-    from embedkit.finetuning.judging import judge_backbone, verdict_dict, verdict_text
+    from embedkit.finetuning.distillation.judging import judge_backbone, verdict_dict, verdict_text
     from embedkit.store import Store
 
     with printing.ImageBar(quiet) as bar:

@@ -140,7 +140,7 @@ def recipe_options(command: Command) -> Command:
 def recipe_of(choices: dict[str, Any]) -> Recipe:
     """Take a recipe out of the values of a command's options."""
     from embedkit.errors import FinetuneError
-    from embedkit.finetuning.augmentation import PRESETS, Augmentation
+    from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
     from embedkit.finetuning.recipe import Recipe
 
     jitter = choices.pop("color_jitter")
@@ -277,7 +277,7 @@ def _preview(
     if as_json is not None:
         _print_blocks(division, backbone, recipe, as_json)
     if page is not None:
-        from embedkit.finetuning.samples_page import write_samples
+        from embedkit.finetuning.feeding.samples_page import write_samples
 
         train = division.train
         write_samples(

@@ -29,7 +29,7 @@ from embedkit.text import counted, printable
 if TYPE_CHECKING:
     from embedkit.backbones import ModelInfo
     from embedkit.extraction import Estimate, Progress
-    from embedkit.finetuning.history import Moment
+    from embedkit.finetuning.training.history import Moment
     from embedkit.index import SearchResult
     from embedkit.store import Failure, Status, Store
 

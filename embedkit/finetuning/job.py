@@ -15,12 +15,12 @@ from torch import nn
 from embedkit.backbones import Backbone
 from embedkit.extraction import Progress, extract
 from embedkit.finetuning.blocks import Block
-from embedkit.finetuning.distributed import World
 from embedkit.finetuning.examples import Division
-from embedkit.finetuning.history import Moment
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.trainee import Trainee
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.history import Moment
 from embedkit.sources import Listing
 from embedkit.store import Store
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.augmentation import PRESETS, Augmentation
+from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
 
 WARMUPS = ("auto", "probe", "sgd", "none")
 SCHEDULES = ("constant", "cosine", "exponential", "step", "plateau", "one-cycle")
@@ -94,7 +94,7 @@ class Recipe:
         What the best epoch is chosen by, on validation images.
     seed : int, default 0
         Draws everything that is drawn.
-    augmentation : Augmentation, default "light" of `embedkit.finetuning.augmentation.PRESETS`
+    augmentation : Augmentation, default "light" of `embedkit.finetuning.feeding.augmentation.PRESETS`
         How training images are varied.
 
     Raises

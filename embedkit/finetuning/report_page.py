@@ -17,8 +17,8 @@ from embedkit.evaluation.charts import COLOURS, Line, line_chart
 from embedkit.evaluation.leaks import Leaks
 from embedkit.evaluation.reports import Report
 from embedkit.finetuning.comparison import MEANINGS, BeforeAfter, Change
-from embedkit.finetuning.history import EpochRow, History
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.training.history import EpochRow, History
 from embedkit.store import Store
 from embedkit.text import counted, printable
 

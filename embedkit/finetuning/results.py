@@ -23,16 +23,16 @@ from embedkit.evaluation.reports import Report
 from embedkit.evaluation.speeds import machine_name
 from embedkit.extraction import embed_batches
 from embedkit.finetuning.blocks import list_states
-from embedkit.finetuning.checkpoints import forget
 from embedkit.finetuning.comparison import BeforeAfter, classifier_report, compare_stores
-from embedkit.finetuning.distributed import World
 from embedkit.finetuning.examples import Examples
-from embedkit.finetuning.history import History
 from embedkit.finetuning.job import Job
 from embedkit.finetuning.layers import as_estimator
-from embedkit.finetuning.losses import METRIC_LOSSES
 from embedkit.finetuning.report_page import Account, run_page
 from embedkit.finetuning.saving import save_backbone
+from embedkit.finetuning.training.checkpoints import forget
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.history import History
+from embedkit.finetuning.training.losses import METRIC_LOSSES
 from embedkit.finetuning.warmup import warm_up
 from embedkit.heads import save_head
 from embedkit.store import Store

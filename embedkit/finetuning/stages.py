@@ -19,22 +19,22 @@ from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leaks import Leaks
 from embedkit.extraction import Progress, listed
 from embedkit.finetuning.blocks import blocks_of, list_states, trainable_at
-from embedkit.finetuning.checkpoints import forget, state_folder
-from embedkit.finetuning.distributed import World, join_world
 from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
-from embedkit.finetuning.feed import Feed
-from embedkit.finetuning.history import History, Moment
+from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.job import Job, Watcher
 from embedkit.finetuning.layers import as_estimator
-from embedkit.finetuning.losses import METRIC_LOSSES, class_batches, make_criterion
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.recorders import Recorder, TensorBoardRecorder, WandbRecorder
 from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
 from embedkit.finetuning.run_folder import RunFolder, read_object
 from embedkit.finetuning.trainee import make_trainee
-from embedkit.finetuning.training import resumable, train
-from embedkit.finetuning.validation import validate_classes
+from embedkit.finetuning.training.checkpoints import forget, state_folder
+from embedkit.finetuning.training.distributed import World, join_world
+from embedkit.finetuning.training.history import History, Moment
+from embedkit.finetuning.training.loop import resumable, train
+from embedkit.finetuning.training.losses import METRIC_LOSSES, class_batches, make_criterion
+from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder, WandbRecorder
+from embedkit.finetuning.training.validation import validate_classes
 from embedkit.finetuning.warmup import warm_up
 from embedkit.store import Store
 from embedkit.text import counted, printable
@@ -294,7 +294,7 @@ def _train(job: Job, recorders: Sequence[Recorder]) -> History:
 def _judge(metric: bool) -> Callable[..., dict[str, float]]:
     """Return what validates a trainee: its head, or how its embeddings find each other."""
     if metric:
-        from embedkit.finetuning.recall import validate_recall
+        from embedkit.finetuning.training.recall import validate_recall
 
         return validate_recall
     return validate_classes

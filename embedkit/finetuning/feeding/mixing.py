@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from embedkit.finetuning.augmentation import Augmentation
+from embedkit.finetuning.feeding.augmentation import Augmentation
 
 
 def mix_batch(
@@ -39,8 +39,8 @@ def mix_batch(
     --------
     >>> import numpy as np
     >>> import torch
-    >>> from embedkit.finetuning.augmentation import Augmentation
-    >>> from embedkit.finetuning.mixing import mix_batch
+    >>> from embedkit.finetuning.feeding.augmentation import Augmentation
+    >>> from embedkit.finetuning.feeding.mixing import mix_batch
     >>> photos, codes = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
     >>> _, targets = mix_batch(photos, codes, 2, Augmentation(mixup=1.0), np.random.default_rng(0))
     >>> targets.sum(1)

@@ -17,10 +17,10 @@ from embedkit.evaluation.bench_page import page_style
 from embedkit.evaluation.cell_details import name, text
 from embedkit.evaluation.cells import write_whole
 from embedkit.extraction.computing import read_entry
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.mixing import mix_batch
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.mixing import mix_batch
+from embedkit.finetuning.feeding.transforms import read_variant
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.transforms import read_variant
 from embedkit.images import MAX_PIXELS, read_crop, read_image, thumbnail
 from embedkit.sources import Entry
 from embedkit.spec import Preprocessing

@@ -151,7 +151,7 @@ def make_criterion(
     --------
     >>> import torch
     >>> from types import SimpleNamespace
-    >>> from embedkit.finetuning.losses import make_criterion
+    >>> from embedkit.finetuning.training.losses import make_criterion
     >>> from embedkit.finetuning.recipe import Recipe
     >>> criterion = make_criterion(Recipe(), classes=2, dim=8)
     >>> batch = SimpleNamespace(codes=torch.tensor([0, 1]), targets=None)
@@ -175,7 +175,7 @@ def balanced_weights(codes: npt.NDArray[np.int64], classes: int) -> npt.NDArray[
     Examples
     --------
     >>> import numpy as np
-    >>> from embedkit.finetuning.losses import balanced_weights
+    >>> from embedkit.finetuning.training.losses import balanced_weights
     >>> balanced_weights(np.array([0, 0, 0, 1, 2, 2]), 3).round(2)
     array([0.67, 2.  , 1.  ], dtype=float32)
     """
@@ -213,7 +213,7 @@ def class_batches(
     Examples
     --------
     >>> import numpy as np
-    >>> from embedkit.finetuning.losses import class_batches
+    >>> from embedkit.finetuning.training.losses import class_batches
     >>> codes = np.repeat([0, 1, 2], 4)
     >>> [np.bincount(codes[rows]).tolist() for rows in class_batches(codes, 12, images_a_class=4)]
     [[4, 4, 4]]

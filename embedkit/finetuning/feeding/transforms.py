@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from embedkit.backbones import import_timm
-from embedkit.finetuning.augmentation import Augmentation
-from embedkit.finetuning.geometry import View, draw_view, enough_for, take_view
-from embedkit.finetuning.policies import policy_of
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.geometry import View, draw_view, enough_for, take_view
+from embedkit.finetuning.feeding.policies import policy_of
 from embedkit.images import MAX_PIXELS, read_crop, read_scaled
 from embedkit.spec import Preprocessing
 
@@ -64,8 +64,8 @@ def read_variant(
     --------
     >>> import numpy as np
     >>> from embedkit import Preprocessing
-    >>> from embedkit.finetuning.augmentation import PRESETS
-    >>> from embedkit.finetuning.transforms import read_variant
+    >>> from embedkit.finetuning.feeding.augmentation import PRESETS
+    >>> from embedkit.finetuning.feeding.transforms import read_variant
     >>> photo = np.zeros((48, 64, 3), dtype=np.uint8)
     >>> pixels = Preprocessing(img_size=(32, 32))
     >>> read_variant(photo, pixels, PRESETS["medium"], np.random.default_rng(0)).shape

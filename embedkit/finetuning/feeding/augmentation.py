@@ -61,7 +61,7 @@ class Augmentation:
 
     Examples
     --------
-    >>> from embedkit.finetuning.augmentation import PRESETS, Augmentation
+    >>> from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
     >>> Augmentation(hflip=0.5).moves, Augmentation(rotation=10.0).moves
     (False, True)
     >>> PRESETS["light"]

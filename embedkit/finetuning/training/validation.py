@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from embedkit.finetuning.distributed import World
-from embedkit.finetuning.norms import fold_pairs, standing_in
-from embedkit.finetuning.shares import at_once
-from embedkit.finetuning.steps import in_pieces, in_shares, is_out_of_memory, on_device
-from embedkit.finetuning.ways import way_of
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.norms import fold_pairs, standing_in
+from embedkit.finetuning.training.shares import at_once
+from embedkit.finetuning.training.steps import in_pieces, in_shares, is_out_of_memory, on_device
+from embedkit.finetuning.training.ways import way_of
 
 if TYPE_CHECKING:
-    from embedkit.finetuning.feed import Feed, TrainBatch
+    from embedkit.finetuning.feeding.feed import Feed, TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from embedkit.finetuning.norms import Pair, find_pairs
-from embedkit.finetuning.replicas import lend_replicas, takes_statistics
+from embedkit.finetuning.training.norms import Pair, find_pairs
+from embedkit.finetuning.training.replicas import lend_replicas, takes_statistics
 
 if TYPE_CHECKING:
     from embedkit.finetuning.trainee import Trainee

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from embedkit.finetuning.norms import fold_pairs
-from embedkit.finetuning.replicas import lend_replicas, return_replicas
-from embedkit.finetuning.shares import sum_gradients
-from embedkit.finetuning.ways import way_of
+from embedkit.finetuning.training.norms import fold_pairs
+from embedkit.finetuning.training.replicas import lend_replicas, return_replicas
+from embedkit.finetuning.training.shares import sum_gradients
+from embedkit.finetuning.training.ways import way_of
 
 if TYPE_CHECKING:
-    from embedkit.finetuning.feed import TrainBatch
+    from embedkit.finetuning.feeding.feed import TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
 # What one thread computes together: enough that the cost of a part is small, and its memory too. Small images by more.

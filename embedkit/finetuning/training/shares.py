@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from embedkit.finetuning.norms import Folded, standing_in
+from embedkit.finetuning.training.norms import Folded, standing_in
 
 Part = TypeVar("Part")
 Share = TypeVar("Share")

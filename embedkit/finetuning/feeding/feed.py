@@ -16,11 +16,11 @@ from torch import Tensor
 from embedkit.backbones import Batch, Steps, in_batches, stream, usable_processors
 from embedkit.errors import FinetuneError, ImageError
 from embedkit.extraction.computing import read_entry
-from embedkit.finetuning.mixing import mix_batch
-from embedkit.finetuning.ordering import count_steps, epoch_order, in_steps, shard_of
-from embedkit.finetuning.policies import policy_of
+from embedkit.finetuning.feeding.mixing import mix_batch
+from embedkit.finetuning.feeding.ordering import count_steps, epoch_order, in_steps, shard_of
+from embedkit.finetuning.feeding.policies import policy_of
+from embedkit.finetuning.feeding.transforms import read_variant
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.transforms import read_variant
 from embedkit.images import MAX_PIXELS, Region, read_crop
 from embedkit.sources import Entry
 from embedkit.spec import Preprocessing
@@ -115,7 +115,7 @@ class Feed:
     --------
     >>> import embedkit as ek
     >>> from embedkit.finetuning import Recipe
-    >>> from embedkit.finetuning.feed import Feed
+    >>> from embedkit.finetuning.feeding.feed import Feed
     >>> feed = Feed(listing.files, codes, backbone.preprocessing, Recipe())  # doctest: +SKIP
     >>> next(feed.epoch(1)).pixels.shape  # doctest: +SKIP
     torch.Size([32, 3, 224, 224])

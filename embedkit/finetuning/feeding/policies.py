@@ -46,7 +46,7 @@ class Policy:
     --------
     >>> import numpy as np
     >>> from embedkit import Preprocessing
-    >>> from embedkit.finetuning.policies import Policy
+    >>> from embedkit.finetuning.feeding.policies import Policy
     >>> policy = Policy("rand-m9-mstd0.5", Preprocessing(img_size=(32, 32)))
     >>> policy(np.zeros((32, 32, 3), dtype=np.uint8), np.random.default_rng(0)).shape
     (32, 32, 3)

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.blocks import Block, set_trainable
-from embedkit.finetuning.checkpoints import LAST, check_identity, load_facts, state_folder
-from embedkit.finetuning.distributed import World
-from embedkit.finetuning.history import EpochRow, History, Moment
-from embedkit.finetuning.optimisers import set_rates
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.recorders import Recorder
-from embedkit.finetuning.runs import Run, begin, identity_of, keep, load_best
-from embedkit.finetuning.schedules import rate_factor
-from embedkit.finetuning.steps import accumulate, in_pieces, is_out_of_memory, on_device
-from embedkit.finetuning.validation import validate_classes
+from embedkit.finetuning.training.checkpoints import LAST, check_identity, load_facts, state_folder
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.history import EpochRow, History, Moment
+from embedkit.finetuning.training.optimisers import set_rates
+from embedkit.finetuning.training.recorders import Recorder
+from embedkit.finetuning.training.runs import Run, begin, identity_of, keep, load_best
+from embedkit.finetuning.training.schedules import rate_factor
+from embedkit.finetuning.training.steps import accumulate, in_pieces, is_out_of_memory, on_device
+from embedkit.finetuning.training.validation import validate_classes
 
 if TYPE_CHECKING:
-    from embedkit.finetuning.feed import Feed, TrainBatch
+    from embedkit.finetuning.feeding.feed import Feed, TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
 log = logging.getLogger("embedkit")

@@ -21,24 +21,30 @@ from embedkit.evaluation.benching import versions
 from embedkit.evaluation.speeds import machine_name
 from embedkit.extraction import Progress
 from embedkit.extraction.extracting import listed
-from embedkit.finetuning.augmentation import Augmentation
 from embedkit.finetuning.blocks import blocks_of
-from embedkit.finetuning.checkpoints import forget
-from embedkit.finetuning.distillation_page import distillation_page
-from embedkit.finetuning.distributed import World, join_world
-from embedkit.finetuning.feed import Feed
-from embedkit.finetuning.history import History, Moment
-from embedkit.finetuning.mimicry import MIMICRIES, Mimicry, validate_mimicry
-from embedkit.finetuning.ordering import in_steps
+from embedkit.finetuning.distillation.mimicry import MIMICRIES, Mimicry, validate_mimicry
+from embedkit.finetuning.distillation.page import distillation_page
+from embedkit.finetuning.distillation.students import (
+    Student,
+    fit_projection,
+    keep_projection,
+    make_student,
+    with_projection,
+)
+from embedkit.finetuning.distillation.targets import Targets, build_targets
+from embedkit.finetuning.distillation.teachers import common_ids, embed_views, load_teachers, open_stores
+from embedkit.finetuning.distillation.views import check_views, list_views, view_id
+from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.feed import Feed
+from embedkit.finetuning.feeding.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.saving import save_backbone
-from embedkit.finetuning.students import Student, fit_projection, keep_projection, make_student, with_projection
-from embedkit.finetuning.targets import Targets, build_targets
-from embedkit.finetuning.teachers import common_ids, embed_views, load_teachers, open_stores
 from embedkit.finetuning.trainee import Trainee
-from embedkit.finetuning.training import resumable, train
-from embedkit.finetuning.views import check_views, list_views, view_id
+from embedkit.finetuning.training.checkpoints import forget
+from embedkit.finetuning.training.distributed import World, join_world
+from embedkit.finetuning.training.history import History, Moment
+from embedkit.finetuning.training.loop import resumable, train
 from embedkit.sources import Listing
 from embedkit.spec import EmbeddingSpec, Preprocessing
 from embedkit.store import Store

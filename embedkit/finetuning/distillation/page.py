@@ -9,7 +9,7 @@ from typing import Any
 from embedkit.evaluation.bench_page import page_style
 from embedkit.evaluation.cell_details import table, text
 from embedkit.evaluation.charts import COLOURS, Line, line_chart
-from embedkit.finetuning.history import EpochRow, History
+from embedkit.finetuning.training.history import EpochRow, History
 from embedkit.text import counted
 
 _UNITS = {"images": "{:,}", "held_out": "{:,}", "views": "{:,}", "seconds": "{:,.0f} s"}

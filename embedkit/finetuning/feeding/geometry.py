@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from embedkit.finetuning.augmentation import Augmentation
+from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.images import frame_of
 from embedkit.spec import Preprocessing
 

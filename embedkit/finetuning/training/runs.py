@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.averages import Average
 from embedkit.finetuning.blocks import Block
-from embedkit.finetuning.checkpoints import (
+from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.training.averages import Average
+from embedkit.finetuning.training.checkpoints import (
     LAST,
     best_path,
     check_identity,
@@ -27,11 +28,10 @@ from embedkit.finetuning.checkpoints import (
     state_folder,
     unpack_optimiser,
 )
-from embedkit.finetuning.distributed import World
-from embedkit.finetuning.history import History, write_epochs
-from embedkit.finetuning.optimisers import make_optimiser, parameter_groups
-from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.schedules import Plateau
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.history import History, write_epochs
+from embedkit.finetuning.training.optimisers import make_optimiser, parameter_groups
+from embedkit.finetuning.training.schedules import Plateau
 
 if TYPE_CHECKING:
     from embedkit.finetuning.trainee import Trainee

@@ -31,7 +31,7 @@ def epoch_order(codes: Rows, random: np.random.Generator, *, balance: bool = Fal
     Examples
     --------
     >>> import numpy as np
-    >>> from embedkit.finetuning.ordering import epoch_order
+    >>> from embedkit.finetuning.feeding.ordering import epoch_order
     >>> codes = np.array([0, 0, 0, 0, 0, 1])
     >>> order = epoch_order(codes, np.random.default_rng(0), balance=True)
     >>> np.bincount(codes[order])

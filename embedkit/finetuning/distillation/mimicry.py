@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.distributed import World
-from embedkit.finetuning.losses import Answers
-from embedkit.finetuning.validation import outputs_of
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.losses import Answers
+from embedkit.finetuning.training.validation import outputs_of
 
 if TYPE_CHECKING:
-    from embedkit.finetuning.feed import Feed
+    from embedkit.finetuning.feeding.feed import Feed
     from embedkit.finetuning.trainee import Trainee
 
 MIMICRIES = ("cosine", "mse")
@@ -42,7 +42,7 @@ class Mimicry(nn.Module):
     --------
     >>> import torch
     >>> from types import SimpleNamespace
-    >>> from embedkit.finetuning.mimicry import Mimicry
+    >>> from embedkit.finetuning.distillation.mimicry import Mimicry
     >>> batch = SimpleNamespace(codes=torch.zeros(2), targets=torch.eye(2))
     >>> round(float(Mimicry([2])(torch.eye(2) * 3, torch.zeros(2, 8), batch)), 6)
     0.0

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from embedkit.finetuning.distributed import World
-from embedkit.finetuning.steps import in_pieces
+from embedkit.finetuning.training.distributed import World
+from embedkit.finetuning.training.steps import in_pieces
 
 if TYPE_CHECKING:
-    from embedkit.finetuning.feed import Feed
+    from embedkit.finetuning.feeding.feed import Feed
     from embedkit.finetuning.trainee import Trainee
 
 _BLOCK = 1024

@@ -56,7 +56,7 @@ def square_of(id: str, size: tuple[int, int], number: int, smallest: float, seed
 
     Examples
     --------
-    >>> from embedkit.finetuning.views import square_of
+    >>> from embedkit.finetuning.distillation.views import square_of
     >>> left, top, side = square_of("cat/1.jpg", (640, 480), 1, 0.25, 0)
     >>> 240 <= side <= 480 and left + side <= 640 and top + side <= 480
     True

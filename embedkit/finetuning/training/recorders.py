@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from embedkit.errors import MissingExtraError
-from embedkit.finetuning.history import EpochRow
+from embedkit.finetuning.training.history import EpochRow
 
 
 class Recorder(Protocol):

@@ -1,0 +1,1 @@
+"""Distillation: a student reproduces its teachers' embeddings."""

@@ -1,0 +1,1 @@
+"""What training sees: images decoded ahead, varied, and mixed."""

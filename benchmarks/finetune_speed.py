@@ -1,7 +1,7 @@
 """Times an epoch of fine-tuning beside its peers, in one run, each in a process of its own.
 
     python benchmarks/finetune_speed.py IMAGES WEIGHTS.json [--images 192] [--rounds 3] [--batch-size 32]
-        [--train-norm] [--peers plain,timm,timm-nhwc] [--markdown FILE]
+        [--train-norm] [--spin] [--peers plain,timm,timm-nhwc] [--markdown FILE]
 
 IMAGES is a folder of classes, WEIGHTS a sidecar as `embedkit.Backbone.load` takes it. The sides train the same network
 from the same weights on the same files, in batches of one size, with RandomResizedCrop and mirror images,
@@ -16,7 +16,8 @@ cross-entropy, and AdamW for all weights:
 The statistics of batch normalisation are frozen on every side, or learn on every side with ``--train-norm``. Each
 round runs every side in turn; an epoch to warm up comes before the one that is timed. Ratios are taken within a round,
 so that what else a machine does weighs on all sides alike; on a busy one the processor's seconds say more than the
-clock. Threads that wait do not spin, on any side: beside other work it would cost those most that wait most.
+clock. Threads that wait do not spin, on any side, unless ``--spin`` is given: beside other work it would cost
+those most that wait most.
 """
 
 from __future__ import annotations
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--train-norm", action="store_true")
+    parser.add_argument("--spin", action="store_true", help="let threads that wait spin, as they do by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", default="plain,timm,timm-nhwc")
     parser.add_argument("--markdown", type=Path)
@@ -251,7 +253,8 @@ def main() -> None:
                 command = [sys.executable, __file__, folder, str(options.weights), "--side", side, "--device"]
                 command += [options.device, "--batch-size", str(options.batch_size)]
                 command += ["--train-norm"] if options.train_norm else []
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | QUIET)
+                environment = os.environ | ({} if options.spin else QUIET)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
                 told = json.loads(done.stdout)
                 images = told.get("images", options.images)
                 found[side] = {"speed": images / told["seconds"], "cost": 1000 * told["processor"] / images}

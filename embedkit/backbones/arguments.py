@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from embedkit.backbones.bundled import BUNDLED
 from embedkit.backbones.engines import DTYPES
 from embedkit.backbones.network import check_views
 from embedkit.backbones.presets import PRESETS
@@ -74,7 +76,7 @@ def numeric_choices(spec: EmbeddingSpec) -> dict[str, Any]:
 
 
 def reload_arguments(
-    spec: EmbeddingSpec, recipe: Mapping[str, Any], known: Iterable[str], model: str | None
+    spec: EmbeddingSpec, recipe: Mapping[str, Any], known: Iterable[str], model: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     """Return the arguments of `load` for the backbone that a store was made with."""
     arguments = {name: value for name, value in recipe.items() if name in known}
@@ -86,9 +88,20 @@ def reload_arguments(
             "these embeddings were imported and do not say what made them, so no image can be embedded alike; "
             "search with embeddings or rows"
         )
-    if not isinstance(arguments.get("model"), str):
+    if not isinstance(arguments.get("model"), str | os.PathLike):
         raise BackboneError("the store does not say where its backbone came from; name it with -m MODEL (model=)")
     return arguments
+
+
+def mismatch(model: str | os.PathLike[str]) -> str:
+    """Return what is said when a model that was loaded again has become another one."""
+    if model != BUNDLED:
+        return f"{os.fspath(model)} is not the backbone that made the store"
+    return (
+        f"the {BUNDLED} of this embedkit is not the one that made the store: its weights or its preprocessing have "
+        f"changed between versions; name the folder of the old one ({BUNDLED}/ in that version's package) with -m, or "
+        "extract the images again into another store"
+    )
 
 
 def image_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:

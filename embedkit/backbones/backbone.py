@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from embedkit.backbones import arguments as given
+from embedkit.backbones.bundled import BUNDLED
 from embedkit.backbones.choosing import Choice, choose
 from embedkit.backbones.engines import Engine
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
@@ -49,6 +50,8 @@ class Backbone:
     spec: EmbeddingSpec
     recipe: dict[str, Any]
     device: torch.device
+    _reader: Reader
+    _passes: Passes
 
     def __init__(self) -> None:
         raise TypeError("load a backbone with Backbone.load(model)")
@@ -56,7 +59,7 @@ class Backbone:
     @classmethod
     def load(
         cls,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] = BUNDLED,
         *,
         arch: str | None = None,
         arch_kwargs: Mapping[str, Any] | None = None,
@@ -81,10 +84,10 @@ class Backbone:
 
         Parameters
         ----------
-        model : str or path-like
-            A timm name, best with its tag (weights from the hub or timm's local cache); a weight file (.safetensors,
-            or .pth read without unpickling objects); a JSON sidecar that says architecture, keyword arguments and
-            preprocessing; or a folder that holds one.
+        model : str or path-like, default "nano"
+            "nano", the small one in the box; a timm name, best with its tag (weights from the hub or timm's cache); a
+            weight file (.safetensors, or .pth read without unpickling objects); a JSON sidecar that says architecture
+            and preprocessing; or a folder that holds one, which is "./nano" where it has that name.
         arch : str, optional
             timm architecture of a weight file. With a tag, that tag's preprocessing is used.
         arch_kwargs : mapping, optional
@@ -136,7 +139,7 @@ class Backbone:
         >>> backbone.embed("query.jpg").shape  # doctest: +SKIP
         (384,)
         """
-        source = resolve(os.fspath(model), arch, arch_kwargs)
+        source = resolve(model, arch, arch_kwargs)
         said = {"img_size": img_size, "pool": pool, "decode": decode, "exif": exif, "icc": icc, "truncated": truncated}
         reading = given.with_defaults(said, source.defaults)
         img_size, pool, decode = (reading.pop(name) for name in ("img_size", "pool", "decode"))
@@ -153,7 +156,7 @@ class Backbone:
         backbone._reader = Reader(whole_size(preprocessing, views), max_pixels, resizer)
         pool = whole_name(network, pool)
         backbone._set_up(network.eval().requires_grad_(False), preprocessing, pool, source, precision, tuple(views))
-        where = os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model)
+        where = source.name or (os.path.abspath(os.path.expanduser(model)) if source.weights else os.fspath(model))
         backbone.recipe = given.without_defaults(
             model=where, arch=arch, arch_kwargs=kwargs, img_size=size, **facts, pool=pool, **reading, decode=decode,
             precision=precision, views=tuple(views),
@@ -197,16 +200,13 @@ class Backbone:
         """
         # What guards this machine is not for a stranger's recipe to say.
         known = inspect.signature(cls.load).parameters.keys() - {"device", "max_pixels"}
-        arguments = given.reload_arguments(spec, recipe, known, None if model is None else os.fspath(model))
+        arguments = given.reload_arguments(spec, recipe, known, model)
         try:
             backbone = cls.load(**arguments, device=device, max_pixels=max_pixels)
         except BackboneError as error:
             raise BackboneError(f"{error}\nIf the weights have moved, say where they are with -m MODEL") from error
-        spec.require_same(backbone.spec, f"{arguments['model']} is not the backbone that made the store")
+        spec.require_same(backbone.spec, given.mismatch(arguments["model"]))
         return backbone
-
-    _reader: Reader
-    _passes: Passes
 
     def _set_up(
         self, network: nn.Module, preprocessing: Preprocessing, pool: str, source: Source, precision: str,
@@ -246,10 +246,10 @@ class Backbone:
     def description(self) -> str:
         """One line for people: name, width, pixels, device."""
         pixels, name = self.preprocessing, f"{self.spec.backbone}.{self.spec.tag}".rstrip(".")
-        height, width = pixels.img_size
+        name = f"{BUNDLED} ({name})" if self.recipe.get("model") == BUNDLED else name
         return (
-            f"{name}, {self.dim} wide, {height} x {width} px ({pixels.crop_mode} crop {pixels.crop_pct:g}, "
-            f"{pixels.interpolation}), {self.spec.pool} pooling, on {self.device}"
+            f"{name}, {self.dim} wide, {' x '.join(map(str, pixels.img_size))} px ({pixels.crop_mode} crop "
+            f"{pixels.crop_pct:g}, {pixels.interpolation}), {self.spec.pool} pooling, on {self.device}"
         )
 
     def embed(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from embedkit.backbones.bundled import BUNDLED, bundled_facts
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
 
@@ -24,7 +25,7 @@ class ModelInfo:
 
 
 def list_models(pattern: str | None = None, *, progress: Callable[[int, int], None] | None = None) -> list[ModelInfo]:
-    """List timm's pretrained models.
+    """List the backbone in the box and timm's pretrained models.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ def list_models(pattern: str | None = None, *, progress: Callable[[int, int], No
     Returns
     -------
     list of ModelInfo
-        Sorted by name.
+        The one in the box first, where it is not missing; timm's sorted by name.
 
     Raises
     ------
@@ -51,15 +52,13 @@ def list_models(pattern: str | None = None, *, progress: Callable[[int, int], No
     >>> [model.dim for model in ek.list_models("resnet18.a1_in1k")]
     [512]
     """
-    timm = import_timm()
-    names = known_names()
-    if pattern is not None:
-        wildcard = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-        names = [name for name in names if fnmatch.fnmatch(name, wildcard)]
-        if not names:
-            raise BackboneError(f"no timm model matches {pattern!r}{closest(pattern)}")
+    timm, sought = import_timm(), pattern or ""
+    wildcard = sought if any(sign in sought for sign in "*?[") else f"*{sought}*"
+    names = [name for name in known_names() if fnmatch.fnmatch(name, wildcard)]
+    models = [one for one in _in_the_box() if fnmatch.fnmatch(one.name, wildcard)]
+    if not names and not models:
+        raise BackboneError(f"no timm model matches {sought!r}{closest(sought)}")
     shapes: dict[str, tuple[int | None, int | None]] = {}
-    models = []
     for done, name in enumerate(names):
         arch = name.partition(".")[0]
         if pattern is not None and arch not in shapes:
@@ -73,6 +72,15 @@ def list_models(pattern: str | None = None, *, progress: Callable[[int, int], No
     return models
 
 
+def _in_the_box() -> list[ModelInfo]:
+    """Return the backbone in the box; nothing in an installation that lacks it, which loading it tells."""
+    try:
+        facts = bundled_facts()
+    except BackboneError:
+        return []
+    return [ModelInfo(BUNDLED, facts["parameters"], facts["pretrained_cfg"]["input_size"][-1], facts["dim"])]
+
+
 def known_names() -> list[str]:
     """Return every pretrained timm name with its tag, sorted."""
     return sorted(import_timm().list_models(pretrained=True))
@@ -81,7 +89,7 @@ def known_names() -> list[str]:
 def closest(name: str) -> str:
     """Return "; did you mean ...?" with the closest names, or where to find names."""
     timm = import_timm()
-    names = [*timm.list_models(), *known_names()]
+    names = [BUNDLED, *timm.list_models(), *known_names()]
     matches = difflib.get_close_matches(name, names, n=5, cutoff=0.6)
     return f"; did you mean {', '.join(matches)}?" if matches else "; see: embedkit models PATTERN"
 

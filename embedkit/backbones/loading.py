@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from embedkit.backbones.bundled import BUNDLED, bundled_sidecar
 from embedkit.backbones.catalogue import closest
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
@@ -21,6 +23,8 @@ MAX_JSON_BYTES = 64 << 20  # A million class names.
 # These would have timm read other files than the one that is named and checked.
 _OF_THE_LOADER = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+log = logging.getLogger("embedkit")
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,16 @@ class Source:
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)  # Of `Backbone.load`, as an adapted folder wants them.
     is_projected: bool = False  # Whether timm's classifier is a projection, and its output the embedding.
+    name: str = ""  # What stands for the weight file everywhere, whatever its place on this machine.
 
 
-def resolve(model: str, arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Source:
-    """Find what `model` names: a weight file, a folder, a JSON sidecar, or a timm name."""
-    path = Path(model).expanduser()
+def resolve(model: str | os.PathLike[str], arch: str | None, arch_kwargs: Mapping[str, Any] | None) -> Source:
+    """Find what `model` names: the backbone in the box, a weight file, a folder, a JSON sidecar, or a timm name."""
     kwargs = dict(arch_kwargs or {})
+    if model == BUNDLED:  # A text: a path object is a path, whatever its name.
+        return _from_box(arch, kwargs)
+    model = os.fspath(model)
+    path = Path(model).expanduser()
     if path.is_dir():
         return _from_sidecar(_sidecar_in(path), arch, kwargs)
     if path.suffix == ".json" and path.is_file():
@@ -117,6 +125,15 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name}:{array.dtype}:{tuple(array.shape)}\n".encode())
         digest.update(array.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _from_box(arch: str | None, kwargs: dict[str, Any]) -> Source:
+    """Return the backbone in the box. Nothing in the working folder takes its place: stores know it by name."""
+    if arch is not None:
+        raise BackboneError(f"--arch {arch} describes a weight file, but {BUNDLED} comes with embedkit; drop --arch")
+    if os.path.lexists(BUNDLED):
+        log.info("%s is the backbone in the box; what lies here by that name is ./%s", BUNDLED, BUNDLED)
+    return replace(_from_sidecar(bundled_sidecar(), None, kwargs), name=BUNDLED)
 
 
 def _sidecar_in(folder: Path) -> Path:
@@ -211,7 +228,8 @@ def _from_hub(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
             f"the weights of {name} are neither in the local cache nor to be had from the hub ({_first_line(error)}).\n"
             "To work offline, load them once where there is a network (they stay in the cache: set HF_HOME to its\n"
             "folder and HF_HUB_OFFLINE=1), or copy the weight file here and pass: "
-            f"-m FILE.safetensors --arch {name.partition(':')[2] or name}"
+            f"-m FILE.safetensors --arch {name.partition(':')[2] or name}.\n"
+            f"{BUNDLED}, a small backbone, comes with embedkit: -m {BUNDLED}"
         ) from error
     return model
 

@@ -38,7 +38,7 @@ def info(store: Path, failures: bool, as_csv: bool, as_json: bool) -> None:
 @json_option
 @quiet_option
 def models(pattern: str | None, as_json: bool, quiet: bool) -> None:
-    """List timm's pretrained models.
+    """List the backbone that comes with embedkit, and timm's pretrained models.
 
     PATTERN is a part of the name, or has * and ?. With it, parameters and embedding width are counted as well.
     """

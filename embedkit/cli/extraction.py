@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from embedkit.cli.options import (
     backbone_options,
     devices_option,
     json_option,
+    model_option,
     quiet_option,
     source_arguments,
     source_options,
@@ -28,8 +30,10 @@ from embedkit.cli.options import (
 
 @click.command()
 @click.argument("images", nargs=-1, metavar="[IMAGES]...")
-@click.option("-o", "--output", type=FILE, required=True, help="The store to make or update, such as photos.h5.")
-@click.option("-m", "--model", required=True, help="timm name, weight file, JSON sidecar, or folder with one.")
+@click.option(
+    "-o", "--output", type=FILE, help="The store to make or update.  [default: photos.h5 here, for a folder photos/]"
+)
+@model_option
 @source_options
 @backbone_options
 @click.option(
@@ -70,7 +74,7 @@ def extract(
     ctx: click.Context,
     /,
     images: tuple[str, ...],
-    output: Path,
+    output: Path | None,
     model: str,
     layers: tuple[str, ...],
     device: str,
@@ -114,12 +118,14 @@ def extract(
     started = time.perf_counter()
     if not images and choices["files_from"] is None:
         raise click.UsageError("name what to embed: a folder, an archive, a table, a URL, or --files-from LIST")
+    output = output or _named_after(images)
     selection = source_arguments(choices)
     # Before the backbone, which may be a long download for a name that is misspelt.
     with printing.saying_when_long("listing the images", quiet):
         listing = list_images(*images, **selection, max_bytes=BYTES_A_PIXEL * choices["max_pixels"])
     arguments, more = backbone_arguments(**choices)
     devices = device_names(device)
+    printing.default_model_notice(ctx, quiet)
     backbone = Backbone.load(model, device=devices[0], **arguments)
     printing.notice(f"backbone: {backbone.description}", quiet)
     layers = (*more, *layers)
@@ -144,3 +150,12 @@ def extract(
     else:
         click.echo(printing.extraction_line(store, seconds, bar.images_per_second))
     ctx.exit(3 if store.failures else 0)
+
+
+def _named_after(images: tuple[str, ...]) -> Path:
+    """Return the store of a folder that nobody has named: in the working folder, after the folder."""
+    if len(images) == 1 and Path(images[0]).is_dir():
+        name = os.path.basename(os.path.abspath(images[0]))
+        if name:
+            return Path(f"{name}.h5")
+    raise click.UsageError("name the store with -o, such as -o photos.h5; only that of one folder has a name by itself")

@@ -19,6 +19,7 @@ from embedkit.cli.options import (
     backbone_options,
     device_option,
     json_option,
+    model_option,
     overwrite_option,
     quiet_option,
     some_source_options,
@@ -160,7 +161,7 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
 
 @click.command()
 @click.argument("images", nargs=-1, metavar="IMAGES...")
-@click.option("-m", "--model", required=True, help="timm name, weight file, JSON sidecar, or folder with one.")
+@model_option
 @click.option("-o", "--output", type=FILE, metavar="DIR", help="Folder of the run and of the adapted backbone.")
 @click.option("--split", type=FILE, metavar="CSV", help="Columns path and split, and perhaps label.")
 @click.option("--train-split", default="train", show_default=True, help="What --split calls the images to learn from.")
@@ -228,6 +229,7 @@ def finetune(
         raise click.UsageError("--split says which images to take; leave --sample, --include and --exclude out")
     with printing.saying_when_long("listing the images", quiet):
         listing = list_images(*images, seed=recipe.seed, **selection)
+    printing.default_model_notice(ctx, quiet)
     backbone = _load(model, device, choices)
     printing.notice(f"backbone: {backbone.description}", quiet)
     if dry_run or show_augment is not None:

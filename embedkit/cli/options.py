@@ -210,6 +210,10 @@ KEY_VALUE = _KeyValue()
 NUMBERS = _Numbers(int)
 COUNT_OR_SHARE = _CountOrShare()
 
+model_option = click.option(
+    "-m", "--model", default="nano", show_default=True,
+    help="nano (comes with embedkit), timm name, weight file, JSON sidecar, or folder with one.",
+)  # fmt: skip
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."
 )

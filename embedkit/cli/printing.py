@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from embedkit.errors import EmbedkitError
@@ -43,6 +44,16 @@ def notice(line: str, quiet: bool = False) -> None:
     """Print one line for people on standard error, above a progress bar where there is one."""
     if not quiet:
         tqdm.write(printable(line), file=sys.stderr)
+
+
+def default_model_notice(ctx: click.Context, quiet: bool) -> None:
+    """Say which backbone is used where nobody has named one, and how to choose a stronger one."""
+    if ctx.get_parameter_source("model") is ParameterSource.DEFAULT:
+        notice(
+            f"no -m: {ctx.params['model']} is used, the small backbone that comes with embedkit; stronger ones are "
+            "downloaded by name, such as -m vit_small_patch14_dinov2.lvd142m (embedkit models lists them)",
+            quiet,
+        )
 
 
 def error_lines(error: EmbedkitError | OSError, path: Path | None = None) -> None:

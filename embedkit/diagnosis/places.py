@@ -101,8 +101,8 @@ def hub() -> Iterator[Finding]:
     if not problem:
         yield Finding("hub", OK, f"{address} answers")
         return
-    advice = "without it, use models of the hub cache (HF_HUB_OFFLINE=1 saves the waiting) or weight files: -m FILE "
-    advice += "--arch NAME; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
+    advice = "without it, use nano (comes with embedkit), models of the hub cache (HF_HUB_OFFLINE=1 saves the waiting) "
+    advice += "or weight files: -m FILE --arch NAME; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
     yield Finding("hub", WARN, f"{address} cannot be reached: {problem}", advice)
 
 

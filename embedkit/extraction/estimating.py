@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from embedkit.backbones import Backbone, Steps, in_batches, stream, usable_processors
+from embedkit.backbones import BUNDLED, Backbone, Steps, in_batches, stream, usable_processors
 from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.computing import read_entry
 from embedkit.extraction.extracting import checked_layers, inventory_of, listed
@@ -96,7 +96,7 @@ class Estimate:
 def estimate(
     images: Any,
     output: str | os.PathLike[str],
-    backbone: Backbone | str,
+    backbone: Backbone | str = BUNDLED,
     *,
     layers: Sequence[str] = (),
     workers: int | None = None,

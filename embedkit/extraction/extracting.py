@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.backbones import Backbone, Choice, device_names, in_batches, log_differences, usable_processors
+from embedkit.backbones import BUNDLED, Backbone, Choice, device_names, in_batches, log_differences, usable_processors
 from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.admission import admitted
 from embedkit.extraction.computing import Job, compute, compute_parts, read_entry, sample_crops
@@ -38,7 +38,7 @@ log = logging.getLogger("embedkit")
 def extract(
     images: Any,
     output: str | os.PathLike[str],
-    backbone: Backbone | str,
+    backbone: Backbone | str = BUNDLED,
     *,
     layers: Sequence[str] = (),
     batch_size: int | None = None,
@@ -74,8 +74,9 @@ def extract(
         has, from a list of paths or arrays to a torch dataset; see `embedkit.sources.list_memory`.
     output : path-like
         The store to make or update.
-    backbone : Backbone or str
-        What embeds; a name is loaded with its defaults.
+    backbone : Backbone or str, default "nano"
+        What embeds; a name is loaded with its defaults. "nano" comes with embedkit and needs no network; it is small,
+        and most of `list_models` are stronger.
     layers : sequence of str, optional
         More embeddings from the same forward pass, such as ``("avg", "layer3:avg")``; see ``Backbone.load(pool=)``.
         `Store.open` has them by their names.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedkit.backbones import Backbone
+from embedkit.backbones import BUNDLED, Backbone
 from embedkit.backbones.arguments import usable_device
 from embedkit.backbones.copies import fresh_network, trainable_network
 from embedkit.backbones.network import Network
@@ -177,7 +177,11 @@ def keep_projection(student: Student, projection: nn.Module) -> Student:
 
 def _has_weights(student: str) -> bool:
     """Return whether a student is named as a backbone with weights, and not as an architecture alone."""
-    return Path(student).expanduser().exists() or any(sign in student for sign in (".", ":", "/", os.sep))
+    return (
+        student == BUNDLED
+        or Path(student).expanduser().exists()
+        or any(sign in student for sign in (".", ":", "/", os.sep))
+    )
 
 
 def _fresh(

@@ -1,60 +1,42 @@
-"""Embeds scikit-learn's digit scans with a real backbone, then probes and searches them, all by the command line.
+"""Embeds scikit-learn's digit scans and photographs with the backbone in the box, then probes and searches them.
 
-Run by ``make demo``. Everything it writes lies in demo-output/.
+Run by ``make demo``, all by the command line, without a network. Everything it writes lies in demo-output/.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
 import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 
-HERE = Path(__file__).resolve().parents[1]
-OUTPUT = HERE / "demo-output"
-SIDECAR = "mobilenetv2_100.tf_in1k.json"
+OUTPUT = Path(__file__).resolve().parents[1] / "demo-output"
 
 
-def find_weights() -> Path:
-    """Return the sidecar of a real backbone, or say what is missing."""
-    places = [HERE.parent / "shared" / "data"]
-    if os.environ.get("EMBEDKIT_DATA"):
-        places.insert(0, Path(os.environ["EMBEDKIT_DATA"]))
-    for place in places:
-        if (place / "weights" / SIDECAR).is_file():
-            return place / "weights" / SIDECAR
-    looked = "\n".join(f"  {place / 'weights' / SIDECAR}" for place in places)
-    sys.exit(
-        f"The demo needs the weights of a backbone, and found none at\n{looked}\n"
-        "Set EMBEDKIT_DATA to a folder that has them as weights/NAME.json with weights/NAME.safetensors.\n"
-        "With a network, any timm name works without them:\n"
-        "  .venv/bin/embedkit extract photos/ -o photos.h5 -m mobilenetv3_small_100.lamb_in1k"
-    )
-
-
-def write_digits(folder: Path, split: Path) -> int:
-    """Write 1,797 scans of handwritten digits as PNG files, every fifth of each digit for testing."""
-    shutil.rmtree(folder, ignore_errors=True)
+def write_digits(folder: Path, limit: int | None) -> int:
+    """Write scans of handwritten digits as PNG files, a folder for each digit: 1,797, or the first few of them."""
     scans, digits = load_digits(return_X_y=True)
-    with split.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "split"])
-        written: Counter[int] = Counter()
-        for number, (scan, digit) in enumerate(zip(scans, digits.tolist(), strict=True)):
-            path = folder / str(digit) / f"{number:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.rint(scan.reshape(8, 8) * (255 / 16)).astype(np.uint8)
-            Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(path)
-            rows.writerow([path.relative_to(folder).as_posix(), "test" if written[digit] % 5 == 0 else "train"])
-            written[digit] += 1
-    return len(scans)
+    for number, (scan, digit) in enumerate(zip(scans[:limit], digits[:limit].tolist(), strict=True)):
+        path = folder / str(digit) / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.rint(scan.reshape(8, 8) * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(path)
+    return len(scans[:limit])
+
+
+def write_photographs(folder: Path) -> int:
+    """Write scikit-learn's sample photographs as JPEG files."""
+    folder.mkdir(parents=True)
+    photographs = load_sample_images()
+    for name, pixels in zip(photographs.filenames, photographs.images, strict=True):
+        Image.fromarray(pixels).save(folder / Path(name).name, quality=95)
+    return len(photographs.images)
 
 
 def run(*arguments: str | Path) -> None:
@@ -66,15 +48,24 @@ def run(*arguments: str | Path) -> None:
 
 def main() -> None:
     """Run the demo."""
-    weights = find_weights()
-    OUTPUT.mkdir(exist_ok=True)
-    digits, split, store, page = (OUTPUT / name for name in ("digits", "split.csv", "digits.h5", "search.html"))
-    print(f"wrote {write_digits(digits, split):,} scans of handwritten digits to {os.path.relpath(digits)}")
-    run("extract", digits, "-o", store, "-m", weights, "--overwrite")
-    run("extract", digits, "-o", store, "-m", weights)
+    parser = argparse.ArgumentParser(description="Embed, probe and search scikit-learn's pictures.")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for everything that is written")
+    parser.add_argument("--limit", type=int, help="take only the first digits")
+    choices = parser.parse_args()
+    output = choices.output
+    digits, photographs = output / "digits", output / "photographs"
+    store, labelled, page = output / "demo.h5", output / "digits.h5", output / "search.html"
+    for folder in (digits, photographs):
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"wrote {write_digits(digits, choices.limit):,} scans of handwritten digits to {os.path.relpath(digits)}")
+    print(f"wrote {write_photographs(photographs)} photographs to {os.path.relpath(photographs)}")
+    run("extract", digits, photographs, "-o", store, "--overwrite")
+    run("extract", digits, photographs, "-o", store)  # Nothing has changed: nothing is computed.
     run("info", store)
-    run("verify", store)
-    run("probe", store, "--split", split, "--quiet")
+    run(
+        "select", store, "-o", labelled, "--where", "id=digits/*", "--overwrite", "--quiet"
+    )  # Photographs have no label.
+    run("probe", labelled, "--folds", "5", "--quiet")
     run("search", store, sorted((digits / "3").iterdir())[0], "-k", "8", "--html", page)
     print(f"\nstore: {store}\npage:  {page}")
 

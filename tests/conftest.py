@@ -115,3 +115,23 @@ def readme_world(tmp_path: Path, hub_cache: str, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "split.csv").write_text("\n".join(["path,split", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> dict[str, str]:
+    """An environment whose Pythons refuse sockets of the internet, with an empty cache of the hub."""
+    code = (
+        "import socket\n"
+        "class Refused(socket.socket):\n"
+        "    def __init__(self, family=socket.AF_INET, *arguments, **options):\n"
+        "        if family in (-1, socket.AF_INET, socket.AF_INET6):\n"
+        "            raise RuntimeError('this test allows no network')\n"
+        "        super().__init__(family, *arguments, **options)\n"
+        "def refused(*arguments, **options):\n"
+        "    raise RuntimeError('this test allows no network')\n"
+        "socket.socket, socket.getaddrinfo, socket.create_connection = Refused, refused, refused\n"
+    )
+    (tmp_path / "refusing").mkdir()
+    (tmp_path / "refusing" / "sitecustomize.py").write_text(code)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**others, "PYTHONPATH": str(tmp_path / "refusing"), "HF_HOME": str(tmp_path / "hub")}

@@ -2,13 +2,14 @@
 
     python benchmarks/nano_candidates.py nano small-96=weights/tf_mobilenetv3_small_100.tf_in1k.json@96 \
         v2=weights/mobilenetv2_100.tf_qat_in1k.json@224 --baseline v2 \
-        --flowers data/flowers --tiny data/tiny-imagenet -o runs/candidates
+        --flowers data/flowers --digits demo-output/digits --tiny data/tiny-imagenet -o runs/candidates
 
 A candidate is NAME=MODEL@PIXELS; the name may be left out for nano, the pixels for a model's own size.
 
 What a candidate is worth is measured once and kept in OUTPUT: a run that was stopped goes on, and one with more
 candidates computes those. Flowers: fit on train, scored on val by its split.csv; recall@1 is that of val in train.
-Tiny-ImageNet: fit on train/, scored on val/; recall@1 is that of val in itself.
+Digits, as the demo writes them: five folds. Tiny-ImageNet: fit on train/, scored on val/; recall@1 is that of val in
+itself.
 
 Speed is measured anew, for all candidates together: every round takes the same flowers through reading, decoding and
 the network of each candidate in turn, and ratios to the baseline are taken within a round. Processor milliseconds are
@@ -59,13 +60,13 @@ def candidate(text: str) -> Candidate:
     return Candidate(name or Path(model).stem, backbone)
 
 
-def worth(each: Candidate, flowers: Path | None, tiny: Path | None, output: Path) -> dict[str, float]:
+def worth(each: Candidate, folders: dict[str, Path | None], output: Path) -> dict[str, float]:
     """Return the figures of a candidate's embeddings, measured now or by an earlier run."""
     kept = output / f"{each.name}.json"
     known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     figures: dict[str, float] = known.get("figures", {}) if known.get("digest") == each.backbone.spec.digest else {}
-    jobs = (("flowers", flowers, on_flowers), ("tiny", tiny, on_tiny))
-    for data, folder, measure in jobs:
+    for data, measure in (("flowers", on_flowers), ("digits", on_digits), ("tiny", on_tiny)):
+        folder = folders[data]
         if folder is not None and f"{data}_linear" not in figures:
             print(f"{each.name}: {data}", flush=True)
             found = measure(each, folder, output)
@@ -95,6 +96,11 @@ def on_flowers(each: Candidate, folder: Path, output: Path) -> dict[str, float]:
     found = ek.probe(store, split=folder / "split.csv").metrics
     recall = ek.retrieval_report(*parts, ks=(1,)).metrics["recall@1"]
     return {"linear": found["top1"], "knn": found["knn_top1"], "recall": recall}
+
+
+def on_digits(each: Candidate, folder: Path, output: Path) -> dict[str, float]:
+    """Return the probe of five folds on scans of digits."""
+    return {"linear": ek.probe(embedded(each, folder, output / f"{each.name}-digits.h5"), folds=5).metrics["top1"]}
 
 
 def on_tiny(each: Candidate, folder: Path, output: Path) -> dict[str, float]:
@@ -136,7 +142,7 @@ def table(candidates: Sequence[Candidate], figures: dict[str, Any], speeds: dict
     header = ["", "pixels", "width", "parameters", "MB in fp16", "images/s", "x", "CPU ms", "x"]
     names = [
         f"{data}_{name}"
-        for data in ("flowers", "tiny")
+        for data in ("flowers", "digits", "tiny")
         for name in ("linear", "knn", "recall")
         if any(f"{data}_{name}" in one for one in figures.values())
     ]
@@ -165,6 +171,7 @@ def main() -> None:
     parser.add_argument("candidates", nargs="+", metavar="NAME=MODEL@PIXELS")
     parser.add_argument("--baseline", default="", metavar="NAME", help="whose speed is 1.00")
     parser.add_argument("--flowers", type=Path, help="folder with a folder for each class, and split.csv")
+    parser.add_argument("--digits", type=Path, help="folder with a folder for each class: demo-output/digits")
     parser.add_argument("--tiny", type=Path, help="folder with train/ and val/")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for stores and figures")
     parser.add_argument("--images", type=int, default=400, help="photographs that speed is measured on; 0: not at all")
@@ -178,7 +185,8 @@ def main() -> None:
     if len(set(names)) < len(names) or (choices.baseline and choices.baseline not in names):
         parser.error(f"candidates have different names, and the baseline is one of them; got {', '.join(names)}")
     choices.output.mkdir(parents=True, exist_ok=True)
-    figures = {each.name: worth(each, choices.flowers, choices.tiny, choices.output) for each in candidates}
+    folders = {name: getattr(choices, name) for name in ("flowers", "digits", "tiny")}
+    figures = {each.name: worth(each, folders, choices.output) for each in candidates}
     speeds: dict[str, list[Any]] = {}
     pictures = choices.speed_images or choices.flowers
     if choices.images and pictures is not None:

@@ -96,6 +96,7 @@ def test_extract_takes_it_and_says_so_in_one_line(photos: Path, tmp_path: Path, 
     (line,) = [line for line in silent.stderr.splitlines() if line.startswith("no -m")]
     assert "nano" in line and "-m vit_small_patch14_dinov2.lvd142m" in line and "embedkit models" in line
     assert "no -m" not in silent.stdout
+    assert f"backbone   nano ({nano.spec.backbone})\n" in invoke("info", tmp_path / "s.h5").stdout
     assert ek.Store.open(tmp_path / "s.h5").digest == nano.spec.digest
     named = invoke("extract", photos, "-o", tmp_path / "s.h5", "-m", "nano")
     assert "no -m" not in named.stderr and "nothing to compute" in named.stdout
@@ -173,7 +174,7 @@ def test_a_box_that_is_missing_or_damaged_says_what_to_do(other_box: Path, photo
     with pytest.raises(ek.BackboneError, match=r"lacks the backbone nano: .*safetensors is missing; install embedkit"):
         ek.Backbone.load("nano")
     assert "lacks the backbone nano" in invoke("extract", photos, "-o", other_box / "s.h5", code=1).stderr
-    assert "nano" not in [model.name for model in ek.list_models("*nano")]
+    assert "nano" not in [model.name for model in ek.list_models("nano")]
 
 
 def test_models_lists_it_first_and_a_slip_finds_it(nano: ek.Backbone) -> None:

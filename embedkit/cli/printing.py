@@ -330,6 +330,8 @@ def info_text(store: Store) -> str:
     summary = store.summary()
     spec, information = summary["spec"], summary["information"]
     name = f"{spec['backbone']}.{spec['tag']}".rstrip(".")
+    if store.recipe.get("model") == "nano":  # Whose architecture with other weights is another backbone.
+        name = f"nano ({name})"
     lines = [
         f"{printable(summary['path'])}",
         f"  rows       {summary['rows']:,} x {summary['dim']} {summary['dtype']} ({summary['bytes'] / 1e6:,.1f} MB)",

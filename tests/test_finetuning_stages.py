@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_repeated(run: Path, photos: Path, backbone: ek.Ba
 def test_another_run_in_the_folder_is_refused_by_its_differences(
     run: Path, photos: Path, backbone: ek.Backbone
 ) -> None:
-    with pytest.raises(FinetuneError, match=r"recipe.body_lr: 0.0001 there, 0.5 now"):
+    with pytest.raises(FinetuneError, match=r"recipe.body_lr: 0.0003 there, 0.5 now"):
         ek.finetune(
             photos, backbone, run, recipe=Recipe(epochs=2, batch_size=8, augmentation=RECIPE.augmentation, body_lr=0.5)
         )

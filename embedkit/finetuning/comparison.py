@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,17 +197,21 @@ def compare_stores(
     train, val, test = names
     say(f"comparing on {test}: probe before")
     frozen = probe(before, split=split, train_split=train, test_split=test, seed=seed)
-    pairs: dict[str, tuple[Report, Report]] = {}
-    if trained is not None:
-        pairs["classifier"] = frozen, trained
+    again = None
     if after is not None:
         say(f"comparing on {test}: probe after")
         again = probe(after, split=split, train_split=train, test_split=test, seed=seed)
-        pairs["linear probe"] = frozen, again
-        pairs["k-NN"] = _neighbours(frozen), _neighbours(again)
-        found = [_retrieval(store, frozen) for store in (before, after)]
+    # An image may be there before the training and not after it: whatever is compared is so on those that all saw.
+    left, *others = _among([report for report in (frozen, trained, again) if report is not None])
+    pairs: dict[str, tuple[Report, Report]] = {}
+    if trained is not None:
+        pairs["classifier"] = left, others[0]
+    if after is not None:
+        pairs["linear probe"] = left, others[-1]
+        pairs["k-NN"] = _neighbours(left), _neighbours(others[-1])
+        found = [_retrieval(store, left) for store in (before, after)]
         pairs |= {name: (found[0][name], found[1][name]) for name in found[0]}
-    raw = {name: compare(right, left, seed=seed) for name, (left, right) in pairs.items()}
+    raw = {name: compare(new, old, seed=seed) for name, (old, new) in pairs.items()}
     adjusted = adjust([one.p_value for one in raw.values()])
     changes = [
         Change(
@@ -290,6 +294,22 @@ def retrieval_within(x: npt.NDArray[np.float32], codes: Codes) -> Values:
     return {"rows": rows} | {
         name: np.concatenate([part[name] for part in parts] or [np.empty(0)]) for name in ("recall@1", "mAP@R")
     }
+
+
+def _among(reports: Sequence[Report]) -> list[Report]:
+    """Return reports on the images that all of them are on."""
+    shared = set.intersection(*(set(report.predictions["ids"].tolist()) for report in reports))
+    if not shared:
+        raise FinetuneError("no image that is compared on could be read both before the training and after it")
+    found = []
+    for report in reports:
+        ids = report.predictions["ids"].tolist()
+        if len(ids) > len(shared):
+            rows = np.flatnonzero([id in shared for id in ids])
+            arrays = {name: array[rows] for name, array in report.predictions.items() if len(array) == len(ids)}
+            report = replace(report, metrics={"top1": float(arrays["correct"].mean())}, predictions=arrays)
+        found.append(report)
+    return found
 
 
 def _neighbours(report: Report) -> Report:

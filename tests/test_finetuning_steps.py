@@ -16,7 +16,7 @@ from embedkit.finetuning.trainee import Trainee
 from embedkit.finetuning.training.losses import CrossEntropy
 from embedkit.finetuning.training.norms import find_pairs, fold_pairs, standing_in
 from embedkit.finetuning.training.shares import sum_gradients
-from embedkit.finetuning.training.steps import accumulate
+from embedkit.finetuning.training.steps import accumulate, in_pieces
 from embedkit.finetuning.training.ways import way_of
 from embedkit.spec import Preprocessing
 
@@ -251,3 +251,13 @@ def test_shares_are_summed_in_their_order() -> None:
     assert float(total) == 7.0 and unused.grad is None
     assert weight.grad is not None and weight.grad.tolist() == [7.0] * 3
     assert twin.grad is not None and twin.grad.tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 3), (25, 4), (32, 16), (7, 100), (5, 1), (0, 4)])
+def test_pieces_differ_by_one_image_at_most(count: int, most: int) -> None:
+    # The statistics of a piece of one image, where its neighbours have three, would be none.
+    pieces = list(in_pieces([batch_of(count, mixed=True)], most))
+    sizes = [len(piece) for piece in pieces]
+    assert sum(sizes) == count and max(sizes, default=0) <= most and max(sizes, default=0) - min(sizes, default=0) <= 1
+    assert [int(row) for piece in pieces for row in piece.rows] == list(range(count))
+    assert all(len(piece.pixels) == len(piece.codes) == len(piece.targets) == len(piece) for piece in pieces)  # type: ignore[arg-type]

@@ -258,6 +258,10 @@ def _check_pairs(recipe: Recipe) -> None:
         raise FinetuneError("a network from scratch must learn everything: drop unfreeze, gradual and lora")
     if recipe.from_scratch and recipe.warmup in ("probe", "sgd"):
         raise FinetuneError("a network from scratch has no embeddings to warm a head up on; choose warmup none")
+    if recipe.loss != "cross-entropy" and recipe.unfreeze == "none":
+        raise FinetuneError(
+            f"loss {recipe.loss} compares embeddings, which a frozen body does not change; unfreeze some"
+        )
     if recipe.lora and recipe.unfreeze == "none":
         raise FinetuneError("adapters in a frozen network learn nothing; drop lora, or unfreeze none")
 

@@ -104,6 +104,15 @@ def test_the_same_run_twice_ends_in_the_same_weights(world: World, tmp_path: Pat
     assert same(one, other) and not same(one, another)
 
 
+def test_a_table_that_a_kill_left_behind_is_written_again(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path)
+    table = tmp_path / "epochs.csv"
+    before = table.read_text()
+    table.write_text("".join(before.splitlines(keepends=True)[:-1]))
+    world.train(tmp_path)
+    assert table.read_text() == before
+
+
 class Interrupted(Exception):
     """Raised in the middle of the third epoch."""
 

@@ -101,6 +101,8 @@ def begin(
         run.average = Average(trainee, recipe.model_ema)
     if (state / LAST).exists():
         _restore(run)
+        if world.first:  # A kill may have come between the state and its table.
+            write_epochs(folder / "epochs.csv", run.history.epochs)
         log.info("goes on after epoch %d of %d", len(run.history.epochs), recipe.epochs)
     return run
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -197,6 +198,8 @@ def distill(
     ------
     FinetuneError
         When the folder holds another run, a setting makes no sense, or there are too few images.
+    StoreBusyError
+        When another process is at work in the folder.
     EmbedkitError
         Whatever `extract` and `Backbone.load` raise.
 
@@ -208,7 +211,7 @@ def distill(
     settings, recipe = settings or Distillation(), recipe or DISTILLING
     _check_recipe(recipe)
     folder = RunFolder(output)
-    with join_world(device) as world:
+    with join_world(device) as world, folder.lock() if world.first else nullcontext():
         listing = listed(images)
         known = load_teachers(teachers, device=device)
         pupil = make_student(
@@ -218,20 +221,20 @@ def distill(
         identity = {**_identity(pupil, known, listing, settings), "project": project}
         if world.first:
             folder.claim(recipe, identity, overwrite=overwrite)
-        world.total(torch.zeros(1))
+        world.wait()
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
             if world.first:
                 embed_views(views, known, places, workers=workers, progress=progress)
-            world.total(torch.zeros(1))  # The others find whole stores.
+            world.wait()  # The others find whole stores.
             found = open_stores(known, places)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
             history, projection = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:
                 pupil = keep_projection(pupil, projection) if project else pupil
                 _finish(pupil, lesson, folder, settings, recipe, history, precision)
-        world.total(torch.zeros(1))  # Nobody loads what the first process is still writing.
+        world.wait()  # Nobody loads what the first process is still writing.
     return Backbone.load(folder.path, device=device)
 
 
@@ -280,7 +283,7 @@ def _prepare(
                 stores, ids[:, kept].reshape(-1), path, width=settings.width, whitening=settings.whitening,
                 seed=recipe.seed,
             )  # fmt: skip
-        world.total(torch.zeros(1))
+        world.wait()
     assert targets is not None
     order = np.random.default_rng([_HELD_OUT, recipe.seed]).permutation(len(kept))
     held = min(MAX_VALIDATION, round(settings.held_out * len(kept)))

@@ -197,6 +197,7 @@ def test_a_damaged_state_is_named_with_what_to_do(world: World, tmp_path: Path) 
         {"optimiser": {"pairs": []}},
         {"optimiser": {"tensor": "trainee.head.bias"}},
         {"plateau": {"factor": 1.0, "other": 2}},
+        {"plateau": {"factor": [1], "best": None, "waited": 0}},
         {"at_once": "many"},
         {"best_score": [1]},
     ],

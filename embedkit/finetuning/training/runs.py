@@ -145,7 +145,7 @@ def _restore(run: Run) -> None:
             run.average.load(_named(tensors, "average."), int(facts["updates"]))
         run.scaler.load_state_dict(facts["scaler"])
         run.history = History.from_dict(facts["history"])
-        run.at_once, run.plateau = max(1, int(facts["at_once"])), Plateau(**facts["plateau"])
+        run.at_once, run.plateau = max(1, int(facts["at_once"])), Plateau.from_dict(facts["plateau"])
         run.best_score = -math.inf if facts["best_score"] is None else float(facts["best_score"])
 
 

@@ -290,9 +290,9 @@ def _print_blocks(division: Division, backbone: Backbone, recipe: Recipe, as_jso
     """Print what learns and what does not, block by block."""
     from embedkit.evaluation.columns import align_columns
     from embedkit.finetuning.blocks import list_states
-    from embedkit.finetuning.trainee import make_trainee
+    from embedkit.finetuning.stages import make_ready
 
-    states = list_states(make_trainee(backbone, len(division.classes), recipe), recipe)
+    states = list_states(make_ready(backbone, recipe, len(division.classes))[0], recipe)
     frozen, trainable = sum(state.frozen for state in states), sum(state.trainable for state in states)
     if as_json:
         for state in states:

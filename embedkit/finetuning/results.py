@@ -151,7 +151,8 @@ def _compared(job: Job, before: Store, after: Store | None, trained: Report) -> 
         before, after, os.fspath(job.folder.split), names, trained=judged, seed=job.recipe.seed,
         progress=lambda line: log.info("%s", line),
     )  # fmt: skip
-    return found if found.after is not None else replace(found, after=trained)
+    chosen = found.chosen_on and job.recipe.epochs > 0  # Without an epoch there was none to choose.
+    return replace(found, chosen_on=chosen, after=trained if found.after is None else found.after)
 
 
 def _circumstances(job: Job) -> dict[str, str]:

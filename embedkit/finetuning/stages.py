@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from embedkit.backbones import Backbone
-from embedkit.errors import EvaluationError
+from embedkit.errors import EvaluationError, FinetuneError
 from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leaks import Leaks
 from embedkit.extraction import Progress, listed
-from embedkit.finetuning.blocks import blocks_of, list_states, trainable_at
+from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_at
 from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.job import Job, Watcher
@@ -27,14 +28,16 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
 from embedkit.finetuning.run_folder import RunFolder, read_object
-from embedkit.finetuning.trainee import make_trainee
+from embedkit.finetuning.trainee import Trainee, make_trainee
 from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
 from embedkit.finetuning.training.loop import resumable, train
 from embedkit.finetuning.training.losses import METRIC_LOSSES, class_batches, make_criterion
+from embedkit.finetuning.training.optimisers import check_optimiser
+from embedkit.finetuning.training.recall import RECALL_METRICS, validate_recall
 from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder, WandbRecorder
-from embedkit.finetuning.training.validation import validate_classes
+from embedkit.finetuning.training.validation import CLASS_METRICS, validate_classes
 from embedkit.finetuning.warmup import warm_up
 from embedkit.store import Store
 from embedkit.text import counted, printable
@@ -156,6 +159,41 @@ def finetune(
         return job.adapted()
 
 
+def make_ready(backbone: Backbone, recipe: Recipe, classes: int) -> tuple[Trainee, Sequence[Block], nn.Module]:
+    """Make what learns, and find out whatever cannot work, before anything is written.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        What is adapted.
+    recipe : Recipe
+        Every setting.
+    classes : int
+        How many there are.
+
+    Returns
+    -------
+    tuple of Trainee, sequence of Block, and nn.Module
+        What learns, its blocks, and what is made small.
+
+    Raises
+    ------
+    FinetuneError
+        When the recipe asks for what this backbone cannot do, or names an optimiser or a metric that is none.
+    """
+    recipe = _settled(recipe)
+    offered = RECALL_METRICS if recipe.loss in METRIC_LOSSES else CLASS_METRICS
+    if recipe.metric not in offered:
+        raise FinetuneError(
+            f"no epoch of the loss {recipe.loss} is chosen by {recipe.metric!r}; choose one of {', '.join(offered)}"
+        )
+    check_optimiser(recipe)
+    trainee = make_trainee(backbone, classes, recipe)
+    blocks = blocks_of(trainee)
+    trainable_at(blocks, recipe, 1)
+    return trainee, blocks, make_criterion(recipe, classes, backbone.dim)
+
+
 def _settled(recipe: Recipe) -> Recipe:
     """Return the recipe with the metric that its loss can be judged by."""
     if recipe.loss in METRIC_LOSSES and recipe.metric == Recipe.metric:
@@ -169,10 +207,7 @@ def _prepared(
     watch: Watcher,
 ) -> Job:  # fmt: skip
     """Return the job, after finding out whatever cannot work: rather now than after hours."""
-    trainee = make_trainee(backbone, len(division.classes), recipe)
-    blocks = blocks_of(trainee)
-    trainable_at(blocks, recipe, 1)
-    criterion = make_criterion(recipe, len(division.classes), backbone.dim)
+    trainee, blocks, criterion = make_ready(backbone, recipe, len(division.classes))
     identity = {"backbone": backbone.spec.digest, "images": division.sha256}
     return Job(backbone, recipe, division, folder, world, workers, watch, trainee, blocks, criterion, identity)
 
@@ -294,8 +329,6 @@ def _train(job: Job, recorders: Sequence[Recorder]) -> History:
 def _judge(metric: bool) -> Callable[..., dict[str, float]]:
     """Return what validates a trainee: its head, or how its embeddings find each other."""
     if metric:
-        from embedkit.finetuning.training.recall import validate_recall
-
         return validate_recall
     return validate_classes
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from embedkit.finetuning.feeding.feed import Feed
     from embedkit.finetuning.trainee import Trainee
 
+RECALL_METRICS = ("recall@1",)
 _BLOCK = 1024
 _AT_ONCE = 64  # Images in a pass: without gradients, any machine that trains has memory for them.
 

@@ -111,9 +111,13 @@ def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) ->
     kinds = {str(option.name): option for option in ctx.command.params if isinstance(option, click.Option)}
     known = kinds.keys() - {"config", "output", "device", "as_json", "quiet", "overwrite", "judge", "judge_split"}
     try:
-        values = read_settings(path, known)
+        values = read_settings(path, known | {"teacher"})
     except FinetuneError as error:
         raise click.UsageError(str(error)) from error
+    if "teacher" in values:  # The option's own name, beside that of its list.
+        if "teachers" in values:
+            raise click.UsageError(f"{path}: teacher and teachers are one setting; keep one")
+        values["teachers"] = values.pop("teacher")
     several = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
     ctx.default_map = {name: several[name] if kinds[name].multiple else value for name, value in values.items()}
 

@@ -46,6 +46,7 @@ from embedkit.finetuning.training.checkpoints import forget
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
 from embedkit.finetuning.training.loop import resumable, train
+from embedkit.finetuning.training.optimisers import check_optimiser
 from embedkit.sources import Listing
 from embedkit.spec import EmbeddingSpec, Preprocessing
 from embedkit.store import Store
@@ -222,6 +223,8 @@ def distill(
         if world.first:
             folder.claim(recipe, identity, overwrite=overwrite)
         world.wait()
+        if folder.finished and world.first:
+            log.info("%s: this run is finished already; --overwrite repeats it", folder.path)
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
@@ -244,6 +247,7 @@ def _check_recipe(recipe: Recipe) -> None:
         raise FinetuneError(f"the best epoch of a distillation is told by cosine or loss, and not by {recipe.metric!r}")
     if recipe.augmentation.mixes:
         raise FinetuneError("mixed images have no teacher; leave mixup and cutmix at 0")
+    check_optimiser(recipe)
 
 
 def _identity(

@@ -261,3 +261,19 @@ def test_pieces_differ_by_one_image_at_most(count: int, most: int) -> None:
     assert sum(sizes) == count and max(sizes, default=0) <= most and max(sizes, default=0) - min(sizes, default=0) <= 1
     assert [int(row) for piece in pieces for row in piece.rows] == list(range(count))
     assert all(len(piece.pixels) == len(piece.codes) == len(piece.targets) == len(piece) for piece in pieces)  # type: ignore[arg-type]
+
+
+def test_a_new_norm_beside_which_others_read_the_convolution_is_not_folded() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            found = self.convolution(pixels)
+            return (found + self.norm(found)).mean((2, 3))
+
+    module, crops = Beside().eval(), torch.rand(2, 3, 8, 8)
+    statistics = [value.clone() for value in module.norm.buffers()]
+    assert find_pairs(module, crops) == []  # Though both would agree while the statistics are 0 and 1.
+    assert all(torch.equal(now, then) for now, then in zip(module.norm.buffers(), statistics, strict=True))

@@ -107,6 +107,10 @@ def test_a_dry_run_counts_what_learns_and_writes_nothing(photos: Path, tiny_back
     assert sum(row["frozen"] for row in found) == 0
 
 
+def test_figures_are_not_kept_for_no_project(photos: Path, tiny_backbone: Path) -> None:
+    assert "name the project" in run(photos, "-m", tiny_backbone, "--dry-run", "--wandb-offline", code=2).output
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

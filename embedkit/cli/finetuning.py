@@ -220,6 +220,8 @@ def finetune(
     splits = {name: choices.pop(name) for name in ("split", "train_split", "val_split", "test_split")}
     others = {name: choices.pop(name) for name in ("reextract", "tensorboard", "wandb", "wandb_offline", "overwrite")}
     selection = source_arguments(choices)
+    if others["wandb_offline"] and others["wandb"] is None:
+        raise click.UsageError("--wandb-offline keeps what --wandb PROJECT would send; name the project")
     if splits["split"] is None and len(images) == 1 and not any(selection.values()):
         splits["split"] = own_split(images[0])
     if splits["split"] is None and (splits["val_split"] or splits["test_split"] or splits["train_split"] != "train"):

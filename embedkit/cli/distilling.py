@@ -132,7 +132,7 @@ def _options(command: Command) -> Command:
 @click.argument("images", nargs=-1, metavar="IMAGES...")
 @click.option(
     "--config", type=FILE, metavar="YAML", is_eager=True, expose_value=False, callback=_configure,
-    help="Settings by the names of these options, such as configs/nano.yaml; options replace them.",
+    help="Settings by the names of these options; what is given here replaces them.",
 )  # fmt: skip
 @click.option(
     "--teacher", "teachers", multiple=True, required=True, metavar="MODEL",

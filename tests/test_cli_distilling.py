@@ -18,7 +18,7 @@ from embedkit.finetuning.recipe_file import read_settings
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(distill, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["distill", *map(str, arguments)])
 
 
 SMALL = ("--student", "test_resnet", "--img-size", 32, "--epochs", 1, "-b", 8, "--held-out", 0.2, "--target-width", 16)

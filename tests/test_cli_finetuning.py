@@ -28,7 +28,8 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 def parsed(*arguments: object) -> Recipe:
     """Return the recipe that a command line asks for."""
-    context = COMMAND.make_context("finetune", ["photos", "-m", "x", *map(str, arguments)])
+    parent = click.Context(main, info_name="embedkit", **main.context_settings)
+    context = COMMAND.make_context("finetune", ["photos", "-m", "x", *map(str, arguments)], parent=parent)
     return recipe_of(context.params)
 
 

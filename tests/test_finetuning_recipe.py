@@ -69,6 +69,9 @@ def test_a_strangers_recipe_is_refused_by_name(values: Any, message: str) -> Non
         ({"smoothing": 1.0}, "smoothing must be from 0 to below 1"),
         ({"seed": -1}, "seed must be from 0"),
         ({"augmentation": {}}, "augmentation must be an Augmentation"),
+        ({"augmentation": Augmentation(mixup_off_epoch=3)}, "mixup_off_epoch ends what does not begin"),
+        ({"gradual": 2, "unfreeze": "none"}, "gradual thaws one block after the other"),
+        ({"epochs": 3, "warmup_epochs": 4.0}, "rise for 4 epochs never arrive in 3"),
         (
             {"loss": "supcon", "unfreeze": "none"},
             "loss supcon compares embeddings, which a frozen body does not change",

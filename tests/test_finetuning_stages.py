@@ -181,6 +181,7 @@ def test_a_given_store_is_used_and_a_third_part_is_compared_on(
     few = store.select(tmp_path / "few.h5", range(20))
     with pytest.raises(EvaluationError, match="lacks 4 images"):
         ek.finetune(photos, backbone, tmp_path / "b", recipe=RECIPE, split=split, store=few)
+    assert not (tmp_path / "a" / "recipe.json").exists() and not (tmp_path / "b" / "split.csv").exists()
 
 
 def test_a_table_with_parts_is_trained_by_them(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:

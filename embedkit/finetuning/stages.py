@@ -146,9 +146,11 @@ def finetune(
         )
         job = _prepared(backbone, recipe, division, folder, world, workers, progress or _silent)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
+        given = _checked_store(job, store)
         if _claimed(job, overwrite):
             return job.adapted()
-        before = _embed_before(job, store, wanted=reextract or recipe.warmup_kind != "none")
+        wanted = reextract or recipe.warmup_kind != "none"
+        before = _embed_before(job, wanted=wanted) if given is None else given
         job = replace(job, division=_readable(job, before))
         leaks = _leaks(job, before)
         warmup = _warm_up(job, before)
@@ -234,19 +236,24 @@ def _claimed(job: Job, overwrite: bool) -> bool:
     return job.folder.finished
 
 
-def _embed_before(job: Job, given: Store | str | os.PathLike[str] | None, *, wanted: bool) -> Store | None:
-    """Return the embeddings of the frozen backbone, made here or given; None where no stage needs them."""
-    if given is not None:
-        store = given if isinstance(given, Store) else Store.open(given)
-        job.backbone.spec.require_same(store.spec, f"{store.path} was not made by this backbone")
-        known = {*store.ids, *(failure.id for failure in store.failures)}
-        missing = [id for part in job.division.parts for id in part.ids if id not in known]
-        if missing:
-            raise EvaluationError(
-                f"{store.path} lacks {counted(len(missing), 'image')}, such as {missing[0]!r}; bring it up to date "
-                "with embedkit extract, or leave --store out"
-            )
-        return store
+def _checked_store(job: Job, given: Store | str | os.PathLike[str] | None) -> Store | None:
+    """Return the embeddings that were given, when they are of this backbone and these images."""
+    if given is None:
+        return None
+    store = given if isinstance(given, Store) else Store.open(given)
+    job.backbone.spec.require_same(store.spec, f"{store.path} was not made by this backbone, whose facts stand first")
+    known = {*store.ids, *(failure.id for failure in store.failures)}
+    missing = [id for part in job.division.parts for id in part.ids if id not in known]
+    if missing:
+        raise EvaluationError(
+            f"{store.path} lacks {counted(len(missing), 'image')}, such as {missing[0]!r}; bring it up to date "
+            "with embedkit extract, or leave --store out"
+        )
+    return store
+
+
+def _embed_before(job: Job, *, wanted: bool) -> Store | None:
+    """Return the embeddings of the frozen backbone; None where no stage needs them."""
     if not wanted:
         return None
     with job.stage("embedding", f"{counted(len(job.listing.files), 'image')} by {job.backbone.description}"):

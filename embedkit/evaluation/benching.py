@@ -24,7 +24,7 @@ from embedkit.backbones.network import count_parameters
 from embedkit.errors import EmbedkitError, EvaluationError, SpecMismatchError, StoreExistsError, StoreFormatError
 from embedkit.evaluation.cells import Cell, read_cell, write_cell
 from embedkit.evaluation.probing import probe
-from embedkit.evaluation.protocols import PROTOCOLS
+from embedkit.evaluation.protocols import PROTOCOLS, find_protocol
 from embedkit.evaluation.speeds import Speed, find_speed, speed_of_run
 from embedkit.evaluation.suites import Plan, Suite, SuiteBackbone, SuiteData, file_name
 from embedkit.extraction import Progress, extract
@@ -68,7 +68,8 @@ def run_suite(
         Measure only the cells with this in their names, or with names like this pattern with ``*`` and ``?``. Others
         are returned where an earlier run has left them, and are not compared with their inputs.
     device : str, default "auto"
-        As for `embedkit.Backbone.load`.
+        As for `embedkit.Backbone.load`. With "cuda" or "cuda:N", heads that can be are fitted there too, unless their
+        protocol in the suite names another device; with others, "auto" among them, they are fitted on the CPU.
     workers : int, optional
         As for `embedkit.extract`.
     extracting : callable, optional
@@ -171,6 +172,14 @@ def _asked(plan: Plan) -> dict[str, Any]:
         "train_split": plan.data.train_split,
         "test_split": plan.data.test_split,
     }
+
+
+def head_device(plan: Plan, device: str) -> str:
+    """Return where the head of a cell is fitted: on a GPU that was named, if it can be, and on the CPU otherwise."""
+    given = plan.protocol.parameters
+    recipe = find_protocol(plan.protocol.protocol, given.get("head"))
+    on_gpu = device.startswith("cuda") and recipe.runs_on_devices(given.get("target", "class"))
+    return device if on_gpu else "cpu"
 
 
 @dataclass(frozen=True)
@@ -280,10 +289,13 @@ class _Bench:
         self.say(f"{plan.name}: measuring")
         started = time.perf_counter()
         try:
+            # Folds score the training part, whatever else the split file has.
+            test_split = None if plan.protocol.parameters.get("folds") else plan.data.test_split
+            parameters = {"device": head_device(plan, self.device), **plan.protocol.parameters}
             report = probe(
                 inputs.train, inputs.test, split=plan.data.split, protocol=plan.protocol.protocol,
-                train_split=plan.data.train_split, test_split=plan.data.test_split,
-                progress=self.now_and_then(plan.name), **plan.protocol.parameters,
+                train_split=plan.data.train_split, test_split=test_split,
+                progress=self.now_and_then(plan.name), **parameters,
             )  # fmt: skip
         except Exception as error:
             return self.failed(plan, error)

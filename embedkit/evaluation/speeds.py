@@ -126,7 +126,7 @@ def _read_speed(path: Path, backbone: Backbone) -> Speed | None:
     """Return what an earlier run measured, if it did so with this backbone, on this machine and device."""
     try:
         speed = Speed(**json.loads(path.read_bytes()[: 1 << 20]))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     here = (backbone.spec.digest, machine_name(), str(backbone.device))
     numbers = (speed.images_per_second, speed.seconds, speed.images)

@@ -19,6 +19,7 @@ from sklearn.pipeline import Pipeline
 
 from embedkit.errors import EmbedkitError, EvaluationError
 from embedkit.heads.kinds import KINDS, Kind
+from embedkit.machine import available_memory
 from embedkit.spec import EmbeddingSpec
 from embedkit.store.durable import aside_name, naming, write_durably
 
@@ -28,6 +29,7 @@ FORMAT, VERSION = "embedkit-head", 1
 DESCRIPTION, ARRAYS = "head.json", "arrays.safetensors"
 TASKS = ("class", "multi-label", "regression")
 MAX_JSON_BYTES = 64 << 20  # A million class names.
+MAX_NESTED = 1 << 20  # Lists and mappings, each of which takes a hundred times the bytes that it has in the file.
 MAX_STEPS = 16
 
 
@@ -159,7 +161,16 @@ def load_head(path: str | os.PathLike[str]) -> SavedHead:
             raise EvaluationError(f"{folder} is no head: {DESCRIPTION} and {ARRAYS} must be files")
         if description.stat().st_size > MAX_JSON_BYTES:
             raise EvaluationError(f"{description} is larger than {MAX_JSON_BYTES >> 20} MiB: it is no head's")
-        values = json.loads(description.read_bytes())
+        size, free = tensors.stat().st_size, available_memory()
+        if free is not None and 2 * size > free:
+            raise EvaluationError(
+                f"{tensors} has {size / 2**30:,.1f} GiB, which are read and copied, and this machine has "
+                f"{free / 2**30:,.1f} GiB of memory left"
+            )
+        text = description.read_bytes()
+        if text.count(b"[") + text.count(b"{") > MAX_NESTED:
+            raise EvaluationError(f"{description} has more than {MAX_NESTED:,} lists and mappings: it is no head's")
+        values = json.loads(text)
         arrays = load(tensors.read_bytes())
     except FileNotFoundError as error:
         raise EvaluationError(

@@ -121,7 +121,7 @@ def read_cell(folder: Path, name: str) -> Cell | None:
 def _contents(folder: Path, name: str) -> tuple[dict[str, Any], Predictions | None]:
     """Return what the two files of a cell hold."""
     path = folder / f"{name}.json"
-    values = json.loads(_bytes(path, MAX_JSON_BYTES), parse_constant=_refuse, parse_float=_finite)
+    values = json.loads(_bytes(path, MAX_JSON_BYTES), parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
     if values["format"] != FORMAT or values["name"] != name:
         raise ValueError(f"it is of the format {values['format']!r} and the cell {values['name']!r}")
     if values["report"] is None:
@@ -154,6 +154,12 @@ def _finite(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return int(text)
+
+
 def _cell(values: dict[str, Any], predictions: Predictions | None) -> Cell:
     """Return a cell of what its files say, which a stranger may have written."""
     said = {name: values[name] for name in ("name", "backbone", "data", "protocol", "error")}
@@ -175,20 +181,21 @@ def _cell(values: dict[str, Any], predictions: Predictions | None) -> Cell:
     return Cell(**said, key=values["key"], report=report, facts=facts, reused=True)
 
 
-def _is_number(value: object, least: float = 0.0) -> bool:
+def _is_number(value: object, least: float = 0.0, most: float = 1e300) -> bool:
     """Return whether a JSON value is a number that can be counted and drawn with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _check(report: Report) -> None:
     """Raise ValueError unless pages and tables can be made of what a report says."""
     if not all(isinstance(part, dict) for part in (report.metrics, report.parameters, report.inputs)):
         raise ValueError("its metrics, parameters or inputs are no mappings")
-    _check_value(report.headline[1], report.headline[2])
+    metric, value, interval = report.headline
+    _check_value(value, interval, -1e300 if metric == "r2" else 0.0)
     for shots, one in report.metrics.get("shots", {}).items():
         if not shots.isdigit() or not isinstance(one["values"], list):
             raise ValueError("its shots are no numbers of rows with a value of each seed")
-        _check_value(one["top1"], one["top1_interval"])
+        _check_value(one["top1"], one["top1_interval"], 0.0)
     if not isinstance(report.metrics.get("per_class", {}), dict):
         raise ValueError("its per_class is no mapping of classes to values")
     if not isinstance(report.inputs.get("unseen_classes", {}), dict):
@@ -197,9 +204,10 @@ def _check(report: Report) -> None:
         raise ValueError("its classes are no texts")
 
 
-def _check_value(value: object, interval: Sequence[object]) -> None:
-    if len(interval) != 2 or not all(_is_number(number, -1e300) for number in (value, *interval)):
-        raise ValueError("a metric is no number with an interval")
+def _check_value(value: object, interval: Sequence[Any], least: float) -> None:
+    sound = len(interval) == 2 and all(_is_number(number, least, 1 + 1e-6) for number in (value, *interval))
+    if not sound or interval[0] > interval[1]:
+        raise ValueError("a metric is no number of at most 1 with an interval")
 
 
 def _check_predictions(report: Report) -> None:

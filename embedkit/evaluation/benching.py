@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from embedkit.backbones import Backbone
 from embedkit.backbones.network import count_parameters
 from embedkit.errors import EmbedkitError, EvaluationError, SpecMismatchError, StoreExistsError, StoreFormatError
 from embedkit.evaluation.cells import Cell, read_cell, write_cell
+from embedkit.evaluation.leftovers import folder_aside, remove_leftovers
 from embedkit.evaluation.probing import probe
 from embedkit.evaluation.protocols import PROTOCOLS, find_protocol
 from embedkit.evaluation.speeds import Speed, find_speed, speed_of_run
@@ -212,8 +212,9 @@ class _Bench:
 
     def measure(self, part: SuiteBackbone, plans: list[Plan]) -> list[Cell]:
         """Return the cells of one backbone, which is loaded once."""
-        for folder in (self.cells, self.stores):
+        for folder in (self.cells, self.stores, self.folder):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
         self.say(f"{part.name}: loading")
         try:
             backbone = Backbone.load(part.model, device=self.device, **part.options)
@@ -242,8 +243,8 @@ class _Bench:
     def store(self, images: str, name: str, backbone: Backbone) -> tuple[Store, Speed | None]:
         """Return a store of these images by this backbone, and what its extraction measured."""
         path = self.stores / f"{name}.h5"
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=self.stores) as place:
-            report = Path(place, "report.json")
+        with folder_aside(self.stores) as place:
+            report = place / "report.json"
 
             def progress(now: Progress) -> None:
                 if self.extracting is not None:

@@ -164,7 +164,7 @@ def text_table(standings: Sequence[Standing]) -> str:
     for standing in standings:
         lines = [_header(standing, short_name), *_rows(standing, short_name)]
         parts.append("\n".join([printable(standing.data), *align_columns(lines, _alignment(standing))]))
-    return "\n\n".join([*parts, LEGEND])
+    return "\n\n".join([*parts, LEGEND.replace(". The", ".\nThe")])
 
 
 def markdown_table(suite: Suite, standings: Sequence[Standing]) -> str:

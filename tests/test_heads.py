@@ -12,6 +12,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from embedkit import heads
 from embedkit.errors import EvaluationError
 from embedkit.heads import WeightedKNN, fit_logistic, logistic_regression, neighbours, penalties
+from embedkit.heads.neighbours import KnownNeighbours
 
 
 def blobs(counts, dim=6, spread=1.0, seed=0):
@@ -224,3 +225,15 @@ def test_fit_logistic_refuses_a_single_class():
 
 def test_default_grid_is_the_signatures():
     assert inspect.signature(fit_logistic).parameters["C_grid"].default == heads.C_GRID
+
+
+def test_labels_of_known_neighbours_do_not_depend_on_the_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    head = WeightedKNN(k=5).fit(rng.normal(size=(60, 4)), np.arange(60) % 7)
+    queries = rng.normal(size=(23, 4))
+    known = KnownNeighbours(head, *head.search(queries), k=5)
+    expected = head.predict(queries)
+    for votes in (1, 7 * 4, 1 << 24):
+        monkeypatch.setattr("embedkit.heads.neighbours._VOTES", votes)
+        np.testing.assert_array_equal(known.predict(np.arange(23)), expected)
+        assert known.predict(np.arange(0)).shape == (0,)

@@ -328,6 +328,7 @@ def test_leaks_are_counted_and_dropped_on_demand(tmp_path):
         ({"folds": 100}, "cannot be divided into 100 folds"),
         ({"folds": 3, "protocol": "mteb-image"}, "'mteb-image' fits to a few rows and has no folds"),
         ({"folds": 3, "drop_leaks": True}, "drop_leaks goes without them"),
+        ({"folds": 3, "shots": 2}, "shots go with classes and without folds"),
         ({"test_split": "val"}, "name parts of a split file"),
         ({"train_split": "trian"}, "name parts of a split file"),
         ({"target": "colour"}, "no target 'colour'; known: 'class', 'multi-label', 'regression'"),

@@ -180,7 +180,7 @@ def page_style() -> str:
 def _standing(standing: Standing) -> str:
     header = ["backbone"]
     for protocol in standing.protocols:
-        metrics = sorted({place.metric for place in standing.column(protocol)})
+        metrics = sorted({place.label for place in standing.column(protocol)})
         header.append(f"{name(protocol)}<small>{text(' '.join(metrics))}</small>")
     rows = []
     for backbone, places in standing.rows:
@@ -236,7 +236,7 @@ def _charts(standing: Standing, colours: Mapping[str, int]) -> str:
                 if (value := cost(place.cell)) is not None and value > 0
             ]  # fmt: skip
             if points:
-                metric = places[0].metric
+                metric = places[0].label
                 chart = scatter_chart(points, label, metric, (-1.0 if metric == "r2" else 0.0, 1.0))
                 caption = f"{name(protocol)}: {text(metric)} against {label}"
                 figures.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,8 +22,9 @@ from embedkit.backbones import Backbone
 from embedkit.backbones.network import count_parameters
 from embedkit.errors import EmbedkitError, EvaluationError, SpecMismatchError, StoreExistsError, StoreFormatError
 from embedkit.evaluation.cells import Cell, read_cell, write_cell
+from embedkit.evaluation.leftovers import folder_aside, remove_leftovers
 from embedkit.evaluation.probing import probe
-from embedkit.evaluation.protocols import PROTOCOLS
+from embedkit.evaluation.protocols import PROTOCOLS, find_protocol
 from embedkit.evaluation.speeds import Speed, find_speed, speed_of_run
 from embedkit.evaluation.suites import Plan, Suite, SuiteBackbone, SuiteData, file_name
 from embedkit.extraction import Progress, extract
@@ -68,7 +68,8 @@ def run_suite(
         Measure only the cells with this in their names, or with names like this pattern with ``*`` and ``?``. Others
         are returned where an earlier run has left them, and are not compared with their inputs.
     device : str, default "auto"
-        As for `embedkit.Backbone.load`.
+        As for `embedkit.Backbone.load`. With "cuda" or "cuda:N", heads that can be are fitted there too, unless their
+        protocol in the suite names another device; with others, "auto" among them, they are fitted on the CPU.
     workers : int, optional
         As for `embedkit.extract`.
     extracting : callable, optional
@@ -173,6 +174,14 @@ def _asked(plan: Plan) -> dict[str, Any]:
     }
 
 
+def head_device(plan: Plan, device: str) -> str:
+    """Return where the head of a cell is fitted: on a GPU that was named, if it can be, and on the CPU otherwise."""
+    given = plan.protocol.parameters
+    recipe = find_protocol(plan.protocol.protocol, given.get("head"))
+    on_gpu = device.startswith("cuda") and recipe.runs_on_devices(given.get("target", "class"))
+    return device if on_gpu else "cpu"
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """The stores of one backbone and data set, and how fast the backbone was on it."""
@@ -203,8 +212,9 @@ class _Bench:
 
     def measure(self, part: SuiteBackbone, plans: list[Plan]) -> list[Cell]:
         """Return the cells of one backbone, which is loaded once."""
-        for folder in (self.cells, self.stores):
+        for folder in (self.cells, self.stores, self.folder):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
         self.say(f"{part.name}: loading")
         try:
             backbone = Backbone.load(part.model, device=self.device, **part.options)
@@ -233,8 +243,8 @@ class _Bench:
     def store(self, images: str, name: str, backbone: Backbone) -> tuple[Store, Speed | None]:
         """Return a store of these images by this backbone, and what its extraction measured."""
         path = self.stores / f"{name}.h5"
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=self.stores) as place:
-            report = Path(place, "report.json")
+        with folder_aside(self.stores) as place:
+            report = place / "report.json"
 
             def progress(now: Progress) -> None:
                 if self.extracting is not None:
@@ -280,10 +290,13 @@ class _Bench:
         self.say(f"{plan.name}: measuring")
         started = time.perf_counter()
         try:
+            # Folds score the training part, whatever else the split file has.
+            test_split = None if plan.protocol.parameters.get("folds") else plan.data.test_split
+            parameters = {"device": head_device(plan, self.device), **plan.protocol.parameters}
             report = probe(
                 inputs.train, inputs.test, split=plan.data.split, protocol=plan.protocol.protocol,
-                train_split=plan.data.train_split, test_split=plan.data.test_split,
-                progress=self.now_and_then(plan.name), **plan.protocol.parameters,
+                train_split=plan.data.train_split, test_split=test_split,
+                progress=self.now_and_then(plan.name), **parameters,
             )  # fmt: skip
         except Exception as error:
             return self.failed(plan, error)

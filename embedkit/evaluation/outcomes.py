@@ -15,7 +15,7 @@ from embedkit.evaluation.intervals import bootstrap_interval, t_interval
 from embedkit.evaluation.protocols import Protocol
 from embedkit.evaluation.scoring import Predictions, predict_rows, score_rows
 from embedkit.evaluation.shots import draw_shots
-from embedkit.evaluation.targets import Training, Truth
+from embedkit.evaluation.targets import Training, Truth, require_classes
 
 Progress = Callable[[str], None]
 
@@ -100,10 +100,8 @@ def measure_folds(job: Job, folds: int) -> Outcome:
     for fold in range(folds):
         inside = of_rows == fold
         others = rows.take(~inside)
-        if strata is not None and len(np.unique(others.y)) < 2:
-            raise EvaluationError(
-                f"without fold {fold + 1} of {folds}, fewer than two classes are left; take more folds"
-            )
+        if strata is not None:
+            require_classes(rows.y, ~inside, f"without fold {fold + 1} of {folds}", "leave such classes out")
         job.progress(f"fold {fold + 1} of {folds}: {int((~inside).sum())} rows to fit to, {int(inside.sum())} to score")
         estimator, choice = job.fit(others, seed=job.seed, progress=job.progress)
         blocks.append(predict_rows(estimator, rows.x[inside], job.truth.take(inside), job.labels))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone, in_batches
-from embedkit.errors import EvaluationError, ImageError, SpecMismatchError
+from embedkit.errors import EmbedkitError, EvaluationError, ImageError, SpecMismatchError
 from embedkit.evaluation.scoring import label_columns
 from embedkit.extraction import Embedded, embed_batches, listed
 from embedkit.heads import load_head
@@ -237,7 +237,7 @@ def predict(
         raise ValueError(f"top must be at least 1, got {top}")
     opened: Head = load_head(head) if isinstance(head, str | os.PathLike) else head
     score, classes, scores = _scoring(opened)
-    columns = scores(np.zeros((1, opened.spec.dim), dtype=np.float32)).shape[1]
+    columns = _tried(scores, opened).shape[1]
     top = min(top, columns) if classes else columns
     if isinstance(images, Store) or (isinstance(images, str | os.PathLike) and os.fspath(images).endswith(".h5")):
         store = _agreeing(images if isinstance(images, Store) else Store.open(images), opened.spec)
@@ -307,6 +307,16 @@ def _agreeing(store: Store, spec: EmbeddingSpec) -> Store:
                 return Store.open(store.path, layer=layer)
     spec.require_same(store.spec, f"cannot predict: the head was fitted to other embeddings than those of {store.path}")
     return store
+
+
+def _tried(scores: Callable[[npt.NDArray[np.float32]], Scores], head: Head) -> Scores:
+    """Return the scores of one row of zeros, or say that a head gives none, before anything is embedded."""
+    try:
+        return scores(np.zeros((1, head.spec.dim), dtype=np.float32))
+    except EmbedkitError:
+        raise
+    except Exception as error:  # A stranger's head of sound shapes may have a parameter that makes no sense.
+        raise EvaluationError(f"the head cannot be used, {type(error).__name__}: {error}") from error
 
 
 def _scoring(head: Head) -> tuple[str, list[str], Callable[[npt.NDArray[np.float32]], Scores]]:

@@ -141,6 +141,8 @@ def probe(
         raise EvaluationError("folds have no test part whose pictures could be left out; drop_leaks goes without them")
     if split is None and (train_split, test_split) != ("train", None):
         raise EvaluationError("train_split and test_split name parts of a split file; pass it as split, or drop them")
+    if folds and test_split is not None:
+        raise EvaluationError("folds score every row of train_split and no other part; drop test_split, or the folds")
     say = progress or _silent
     trained, tested, left_out = _parts(train, test, split, (train_split, test_split), options)
     log_differences(trained.store.spec, trained.store.recipe)

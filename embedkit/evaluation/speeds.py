@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from typing import Any
 
 from embedkit.backbones import Backbone, usable_processors
 from embedkit.evaluation.cells import write_whole
+from embedkit.evaluation.leftovers import folder_aside
 from embedkit.extraction import extract
 from embedkit.sources import list_images
 from embedkit.store import Store
@@ -126,7 +126,7 @@ def _read_speed(path: Path, backbone: Backbone) -> Speed | None:
     """Return what an earlier run measured, if it did so with this backbone, on this machine and device."""
     try:
         speed = Speed(**json.loads(path.read_bytes()[: 1 << 20]))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     here = (backbone.spec.digest, machine_name(), str(backbone.device))
     numbers = (speed.images_per_second, speed.seconds, speed.images)
@@ -137,8 +137,8 @@ def _read_speed(path: Path, backbone: Backbone) -> Speed | None:
 def _time_sample(images: str, store: Store, backbone: Backbone, workers: int | None, folder: Path) -> Speed | None:
     """Extract a random sample with the engine that made the store, and return how fast that was."""
     listing = list_images(images, sample=SAMPLE)
-    with tempfile.TemporaryDirectory(prefix=".timed-", dir=folder) as place:
-        report = Path(place, "report.json")
+    with folder_aside(folder) as place:
+        report = place / "report.json"
         engine = str(store.information.get("engine", "auto"))
-        extract(listing, Path(place, "sample.h5"), backbone, engine=engine, workers=workers, report=report)
+        extract(listing, place / "sample.h5", backbone, engine=engine, workers=workers, report=report)
         return speed_of_run(json.loads(report.read_bytes()), "sample", backbone.spec.digest)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.splits import Part, label_sets
+from embedkit.text import counted, printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,39 @@ def find_truth(train: Part, test: Part) -> Truth:
         return truth
     names = np.unique(np.concatenate([train.names, test.names]))
     return Truth(test.task, names.tolist(), np.searchsorted(names, test.names))
+
+
+def require_classes(y: npt.NDArray[Any], kept: npt.NDArray[np.bool_], where: str, advice: str) -> None:
+    """Raise unless the rows that are kept to fit to are of two classes.
+
+    Parameters
+    ----------
+    y : array of shape (n,)
+        Class of each training row; two or more classes.
+    kept : array of bool of shape (n,)
+        Rows to fit to.
+    where : str
+        Where the others are, for the message.
+    advice : str
+        What to do beside giving classes more rows.
+
+    Raises
+    ------
+    EvaluationError
+        When they are of one class. It names the others and how many rows they have.
+    """
+    left = np.unique(y[kept])
+    if len(left) > 1:
+        return
+    lost = [
+        f"{printable(str(name))!r} ({counted(int(count), 'row')})"
+        for name, count in zip(*np.unique(y, return_counts=True), strict=True)
+        if name not in left
+    ]
+    more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+    raise EvaluationError(
+        f"{where}, no row is left to fit to of {', '.join(lost[:5])}{more}: give each class more rows, or {advice}"
+    )
 
 
 def _indicator(part: Part, classes: list[str]) -> npt.NDArray[np.uint8]:

@@ -268,7 +268,7 @@ def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:
     Returns
     -------
     bool
-        False after a ConvergenceWarning. Other warnings pass.
+        False after a ConvergenceWarning. Other warnings pass, but for that of a covariance of one row.
 
     Examples
     --------
@@ -278,6 +278,9 @@ def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
+        # Of discriminant analysis, for each class of one row and each value that is tried; classes of few rows are
+        # named before.
+        warnings.filterwarnings("ignore", "Only one sample available", UserWarning)
         estimator.fit(x, y)
     others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
     for warning in others:

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import assign_folds
 from embedkit.evaluation.intervals import bootstrap_interval, t_interval
 from embedkit.evaluation.protocols import Protocol
 from embedkit.evaluation.scoring import Predictions, predict_rows, score_rows
 from embedkit.evaluation.shots import draw_shots
 from embedkit.evaluation.targets import Training, Truth, require_classes
+from embedkit.heads.folding import assign_folds
 
 Progress = Callable[[str], None]
 

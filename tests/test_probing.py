@@ -411,3 +411,12 @@ def test_a_device_that_is_not_there_is_not_replaced(stores, arguments):
 def test_a_head_of_the_cpu_refuses_another_device(stores, arguments):
     with pytest.raises(EvaluationError, match="fitted on the CPU, not on 'cuda'; a device goes with logistic"):
         probe(*stores, device="cuda", **arguments)
+
+
+def test_a_single_label_is_refused_with_what_to_do(tmp_path):
+    store = Store.open(multi_label_split(tmp_path)[0])
+    split = tmp_path / "single.csv"
+    rows = [f"{id},{'train' if row % 2 else 'test'},{'cat' if row % 3 else ''}" for row, id in enumerate(store.ids)]
+    split.write_text("\n".join(["path,split,label", *rows]) + "\n")
+    with pytest.raises(EvaluationError, match="have the label 'cat' or none, and no other; probe it"):
+        probe(store, split=split, target="multi-label")

@@ -12,11 +12,11 @@ from sklearn.preprocessing import StandardScaler
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation import PROTOCOLS, Protocol
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.protocols import find_protocol
 from embedkit.evaluation.targets import Training
 from embedkit.evaluation.tuning import GRIDS, PATIENCE
 from embedkit.heads import C_GRID, WeightedKNN, make_head
+from embedkit.heads.folding import hold_out
 
 CLASSES = np.array(["daisy", "rose", "tulip"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 from embedkit.backbones import usable_processors
@@ -25,6 +24,7 @@ from embedkit.evaluation.standings import (
 )
 from embedkit.evaluation.suites import Suite, file_name
 from embedkit.store import Store
+from embedkit.store.locking import now
 from embedkit.text import counted
 
 PICTURES = 360
@@ -108,8 +108,7 @@ def write_reports(suite: Suite, cells: Sequence[Cell], folder: Path, *, command:
         How long the run took, for the page.
     """
     standings = rank_cells(suite, cells)
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    run = Circumstances(command, machine_name(), finished, seconds, versions())
+    run = Circumstances(command, machine_name(), now(), seconds, versions())
     for file, written in (
         ("table.md", markdown_table(suite, standings)),
         ("table.csv", csv_table(standings)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,12 @@ from embedkit.evaluation.leftovers import folder_aside, remove_leftovers
 from embedkit.evaluation.probing import probe
 from embedkit.evaluation.protocols import PROTOCOLS, find_protocol
 from embedkit.evaluation.speeds import Speed, find_speed, speed_of_run
+from embedkit.evaluation.splits import split_sha256
 from embedkit.evaluation.suites import Plan, Suite, SuiteBackbone, SuiteData, file_name
 from embedkit.extraction import Progress, extract
 from embedkit.store import Store
-from embedkit.text import counted
+from embedkit.store.locking import now
+from embedkit.text import counted, say_nothing
 
 log = logging.getLogger("embedkit")
 
@@ -93,7 +93,7 @@ def run_suite(
     ('top1', 0.9252, (0.9061, 0.9442))
     """
     chosen = {plan.name for plan in chosen_plans(suite, only)}
-    bench = _Bench(Path(folder), progress or _silent, device, workers, extracting)
+    bench = _Bench(Path(folder), progress or say_nothing, device, workers, extracting)
     found: dict[str, Cell] = {}
     for backbone in suite.backbones:
         plans = [plan for plan in suite.plans if plan.backbone is backbone and plan.name in chosen]
@@ -134,10 +134,6 @@ def state_of(folder: str | os.PathLike[str], plan: Plan) -> str:
     if cell is None or cell.report is None:
         return "missing" if cell is None else "failed"
     return "done" if _answers(cell, plan) else "stale"
-
-
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""
 
 
 def _kept(folder: Path, plan: Plan) -> Cell | None:
@@ -238,7 +234,7 @@ class _Bench:
         test = None if data.test is None else self.store(data.test, f"{name}--test", backbone)[0]
         path = self.stores / f"{name}.speed.json"
         speed = find_speed(path, timed, data.train, train, backbone, self.workers)
-        return _Inputs(train, test, None if data.split is None else _sha256(data.split), speed)
+        return _Inputs(train, test, None if data.split is None else split_sha256(data.split), speed)
 
     def store(self, images: str, name: str, backbone: Backbone) -> tuple[Store, Speed | None]:
         """Return a store of these images by this backbone, and what its extraction measured."""
@@ -300,7 +296,7 @@ class _Bench:
             )  # fmt: skip
         except Exception as error:
             return self.failed(plan, error)
-        facts |= {"seconds": round(time.perf_counter() - started, 3), "finished": _now(), "versions": versions()}
+        facts |= {"seconds": round(time.perf_counter() - started, 3), "finished": now(), "versions": versions()}
         cell = Cell(plan.name, plan.backbone.name, plan.data.name, plan.protocol.name, key, report, "", facts)
         write_cell(self.cells, cell)
         name, value, _ = report.headline
@@ -338,7 +334,7 @@ class _Bench:
 
     def failed(self, plan: Plan, error: Exception) -> Cell:
         """Record a cell that cannot be measured; what an earlier run measured stays, for it may be true again."""
-        text, facts = str(error), {"finished": _now(), "versions": versions()}
+        text, facts = str(error), {"finished": now(), "versions": versions()}
         if not isinstance(error, EmbedkitError | OSError):  # A bug of ours or of a library keeps its traceback.
             text = f"{type(error).__name__}: {text}"
             facts["traceback"] = "".join(traceback.format_exception(error))
@@ -347,17 +343,6 @@ class _Bench:
         if _kept(self.cells, plan) is None:
             write_cell(self.cells, cell)
         return cell
-
-
-def _sha256(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise EvaluationError(f"the split file {path} cannot be read: {error.strerror or error}") from error
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import assign_folds
 from embedkit.evaluation.intervals import bootstrap_interval, t_interval
 from embedkit.evaluation.protocols import Protocol
 from embedkit.evaluation.scoring import Predictions, predict_rows, score_rows
 from embedkit.evaluation.shots import draw_shots
 from embedkit.evaluation.targets import Training, Truth, require_classes
+from embedkit.heads.folding import assign_folds
+from embedkit.text import say_nothing
 
 Progress = Callable[[str], None]
 
@@ -125,7 +126,7 @@ def measure_shots(job: Job, queries: npt.NDArray[Any], shots: Sequence[int], see
         runs, drawn = [], np.zeros(0, dtype=np.int64)
         for run in range(seeds):
             drawn = draw_shots(job.rows.y, count, job.seed + run)
-            fitted = job.fit(job.rows.take(drawn), seed=job.seed + run, progress=_silent)
+            fitted = job.fit(job.rows.take(drawn), seed=job.seed + run, progress=say_nothing)
             runs.append(predict_rows(fitted[0], queries, job.truth, job.labels))
             first = fitted if run == 0 else first
         values = [float(one["correct"].mean()) for one in runs]
@@ -148,7 +149,3 @@ def _interval_of_runs(values: list[float], runs: list[Predictions], seed: int) -
         return bootstrap_interval(runs[0]["correct"], seed=seed)
     low, high = t_interval(values)
     return [max(0.0, low), min(1.0, high)]
-
-
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""

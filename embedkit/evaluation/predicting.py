@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from embedkit.backbones import Backbone, in_batches
 from embedkit.errors import EmbedkitError, EvaluationError, ImageError, SpecMismatchError
-from embedkit.evaluation.scoring import label_columns
+from embedkit.evaluation.scoring import class_scores
 from embedkit.extraction import Embedded, embed_batches, listed
 from embedkit.heads import load_head
 from embedkit.images.formats import PAD_ADVICE
@@ -332,7 +332,7 @@ def _scoring(head: Head) -> tuple[str, list[str], Callable[[npt.NDArray[np.float
     classes = _class_names(head)
     for method, score in (("predict_proba", "probability"), ("decision_function", "score")):
         if hasattr(estimator, method):
-            return score, classes, partial(_columns, estimator, method, len(classes))
+            return score, classes, partial(_columns, estimator, len(classes))
     raise EvaluationError(
         f"the head is a {type(estimator).__name__}, which gives neither probabilities nor scores; fit another one"
     )
@@ -349,15 +349,9 @@ def _class_names(head: Head) -> list[str]:
     return [str(name) for name in codes.tolist()]
 
 
-def _columns(estimator: Any, method: str, c: int, x: npt.NDArray[np.float32]) -> Scores:
+def _columns(estimator: Any, c: int, x: npt.NDArray[np.float32]) -> Scores:
     """Return scores as one column for each class, whatever an estimator calls them."""
-    found = getattr(estimator, method)(x)
-    if isinstance(found, list):
-        found = label_columns(found, estimator.classes_)
-    scores = np.asarray(found, dtype=np.float64)
-    if scores.ndim == 1 and c == 2:  # The decision between two classes is one number, positive for the second.
-        scores = np.stack([-scores, scores], axis=1)
-    scores = scores.reshape(len(x), -1)
+    scores = np.asarray(class_scores(estimator, x)[0], dtype=np.float64).reshape(len(x), -1)
     if scores.shape[1] != c:
         raise EvaluationError(f"the head gives {scores.shape[1]} scores for {c} classes; it is damaged")
     return scores

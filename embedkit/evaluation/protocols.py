@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.scoring import Jury
 from embedkit.evaluation.streaming import StoredRows, search_streamed
 from embedkit.evaluation.targets import Training, require_classes
@@ -30,6 +29,7 @@ from embedkit.heads import (
     sweep_logistic,
 )
 from embedkit.heads.choosing import is_predictor
+from embedkit.heads.folding import hold_out
 from embedkit.heads.neighbours import KnownNeighbours
 from embedkit.heads.plain import plain_logistic
 

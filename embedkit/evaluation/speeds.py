@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from embedkit.backbones import Backbone, usable_processors
 from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leftovers import folder_aside
 from embedkit.extraction import extract
+from embedkit.machine import processor_facts
 from embedkit.sources import list_images
 from embedkit.store import Store
+from embedkit.store.locking import now
 
 SAMPLE = 256
 _FEWEST = 64  # A shorter extraction says little of a long one.
@@ -71,12 +72,7 @@ class Speed:
 
 def machine_name() -> str:
     """Return the processor, how many of them this process may use, and the system."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
-    name = next(names, platform.processor() or platform.machine())
+    name = processor_facts().get("model name") or platform.processor() or platform.machine()
     return f"{name}, {usable_processors()} usable of {os.cpu_count()}, {platform.system()}"
 
 
@@ -89,7 +85,7 @@ def speed_of_run(report: Mapping[str, Any], what: str, digest: str) -> Speed | N
         images_per_second=round(computed / max(measured["seconds"], 1e-9), 3), images=computed,
         seconds=round(measured["seconds"], 3), what=what, engine=report["engine"], device=report["device"],
         workers=report["workers"], batch_size=report["batch_size"], machine=machine_name(), digest=digest,
-        measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        measured=now(),
         load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     )  # fmt: skip
 

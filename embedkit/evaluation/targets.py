@@ -90,7 +90,8 @@ def find_truth(train: Part, test: Part) -> Truth:
     Raises
     ------
     EvaluationError
-        When no number can be made of it: no test row has a label, or all test targets are equal.
+        When no number can be made of it: no test row has a label, training rows have but one, or all test targets are
+        equal.
     """
     where = test.store.path
     if test.task == "regression":
@@ -99,10 +100,16 @@ def find_truth(train: Part, test: Part) -> Truth:
             raise EvaluationError(f"{where}: all {len(test.rows)} test targets are {test.targets[0]:g}; R2 needs two")
         return Truth(test.task, [], test.targets)
     if test.task == "multi-label":
-        classes = sorted({*fitted_labels(train), *fitted_labels(test)})
+        labels = fitted_labels(train)
+        classes = sorted({*labels, *fitted_labels(test)})
         truth = Truth(test.task, classes, _indicator(test, classes))
         if not truth.values.any():
             raise EvaluationError(f"{where}: none of {len(test.rows)} test rows has a label; mAP needs one")
+        if len(labels) == 1:  # Heads take a single column for names of classes.
+            raise EvaluationError(
+                f"{train.store.path}: the training rows have the label {labels[0]!r} or none, and no other; probe it "
+                "and its absence as two classes"
+            )
         return truth
     names = np.unique(np.concatenate([train.names, test.names]))
     return Truth(test.task, names.tolist(), np.searchsorted(names, test.names))

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.metrics import average_precisions
 from embedkit.evaluation.scoring import class_scores
 from embedkit.evaluation.streaming import StoredRows, fit_streamed
 from embedkit.evaluation.targets import Training
 from embedkit.heads import fit_quietly, make_head, ridge_sweep
+from embedkit.heads.folding import hold_out
 
 Progress = Callable[[str], None]
 

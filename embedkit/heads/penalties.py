@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 
 from embedkit.errors import EvaluationError
+from embedkit.heads.folding import hold_out
 from embedkit.heads.logistic import logistic_regression
 from embedkit.heads.path import HeldOut, Path, Start
 
@@ -111,7 +112,8 @@ def fit_logistic(
     x, labels = np.asarray(x), np.asarray(y)
     grid = _checked(C_grid, fraction)
     if held_out is None:
-        held_out = _held_out(labels if labels.ndim == 1 else np.zeros(len(labels)), fraction, seed)
+        strata = np.unique(labels, return_inverse=True)[1] if labels.ndim == 1 else None
+        held_out = hold_out(len(labels), fraction, seed, strata=strata)
     name = "C_losses" if criterion == "log-loss" else "C_scores"
     C = grid[0] if len(grid) == 1 else 1.0
     choice: dict[str, Any] = {
@@ -241,18 +243,6 @@ def _checked(C_grid: Sequence[float], fraction: float = 0.5) -> list[float]:
             f"fraction must lie between 0 and 1 and C_grid hold values above 0; got {fraction!r} and {tuple(C_grid)!r}"
         )
     return grid
-
-
-def _held_out(labels: Array, fraction: float, seed: int) -> Mask:
-    """Return a mask of the rows to hold out: of each class its share, at least one row, never all of them."""
-    _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    shares = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    mask = np.zeros(len(labels), dtype=np.bool_)
-    mask[by_class] = rank < np.repeat(shares, counts)
-    return mask
 
 
 def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:

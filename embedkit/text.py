@@ -30,5 +30,5 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {plural}"
 
 
-def say_nothing(line: str) -> None:
-    """Take a line of progress, where nobody asked for one."""
+def say_nothing(*news: object) -> None:
+    """Take news of progress, where nobody asked for any."""

@@ -16,7 +16,7 @@ from embedkit.evaluation.probing import probe
 from embedkit.evaluation.reports import Report
 from embedkit.index.ranking import first_rows, ranked_metrics
 from embedkit.store import Store
-from embedkit.text import counted, printable
+from embedkit.text import counted, printable, say_nothing
 
 BLOCK_BYTES = 64 << 20  # Of the scores of a block of queries.
 
@@ -193,7 +193,7 @@ def compare_stores(
     BeforeAfter
         Every difference has a paired test, since both sides are measured on the same images.
     """
-    say = progress or _silent
+    say = progress or say_nothing
     train, val, test = names
     say(f"comparing on {test}: probe before")
     frozen = probe(before, split=split, train_split=train, test_split=test, seed=seed)
@@ -340,7 +340,3 @@ def _report(report: Report, rows: Codes, correct: npt.NDArray[Any]) -> Report:
 
 def _top1(report: Report) -> float:
     return float(report.metrics["top1"])
-
-
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError, ImageError
 from embedkit.evaluation.cells import write_whole
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.leaks import THRESHOLD, Leaks, find_leaks
 from embedkit.evaluation.probing import MOST_PRODUCTS
 from embedkit.evaluation.splits import Split, split_part
+from embedkit.heads.folding import hold_out
 from embedkit.sources import Entries, Entry, Listing, content_sha256
 from embedkit.store import Store
 from embedkit.text import counted

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from embedkit.finetuning.training.losses import METRIC_LOSSES
 from embedkit.finetuning.warmup import warm_up
 from embedkit.heads import save_head
 from embedkit.store import Store
+from embedkit.store.locking import now
 from embedkit.text import counted
 
 Rows = npt.NDArray[np.float32]
@@ -159,7 +159,7 @@ def _circumstances(job: Job) -> dict[str, str]:
     return {
         "command": _command(),
         "device": str(job.backbone.device), "processes": str(job.world.size), "machine": machine_name(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": now(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from embedkit.backbones import Backbone
 from embedkit.errors import EvaluationError, FinetuneError
 from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leaks import Leaks
-from embedkit.extraction import Progress, listed
+from embedkit.extraction import listed
 from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_at
 from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
 from embedkit.finetuning.feeding.feed import Feed
@@ -31,7 +31,7 @@ from embedkit.finetuning.run_folder import RunFolder, read_object
 from embedkit.finetuning.trainee import Trainee, make_trainee
 from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
-from embedkit.finetuning.training.history import History, Moment
+from embedkit.finetuning.training.history import History
 from embedkit.finetuning.training.loop import resumable, train
 from embedkit.finetuning.training.losses import METRIC_LOSSES, class_batches, make_criterion
 from embedkit.finetuning.training.optimisers import check_optimiser
@@ -40,7 +40,7 @@ from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder
 from embedkit.finetuning.training.validation import CLASS_METRICS, validate_classes
 from embedkit.finetuning.warmup import warm_up
 from embedkit.store import Store
-from embedkit.text import counted, printable
+from embedkit.text import counted, printable, say_nothing
 
 Rows = npt.NDArray[np.int64]
 
@@ -144,7 +144,7 @@ def finetune(
         division = divide(
             listing, split, train_split=train_split, val_split=val_split, test_split=test_split, seed=recipe.seed
         )
-        job = _prepared(backbone, recipe, division, folder, world, workers, progress or _silent)
+        job = _prepared(backbone, recipe, division, folder, world, workers, progress or say_nothing)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
         given = _checked_store(job, store)
         if _claimed(job, overwrite):
@@ -338,7 +338,3 @@ def _judge(metric: bool) -> Callable[..., dict[str, float]]:
     if metric:
         return validate_recall
     return validate_classes
-
-
-def _silent(stage: str, state: Progress | Moment) -> None:
-    """Take news and say nothing."""

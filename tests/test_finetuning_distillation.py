@@ -189,6 +189,17 @@ def test_without_held_out_images_the_training_loss_chooses(tmp_path: Path, photo
     assert json.loads((tmp_path / "run" / "backbone.json").read_text())["metrics"] == {}
 
 
+def test_of_few_images_one_is_held_out_at_least(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    settings, recipe = replace(SETTINGS, held_out=0.001), replace(SHORT, epochs=1)
+    distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=settings, img_size=32)
+    assert rows_of(tmp_path / "run")[0]["images"] == 23
+    with pytest.raises(FinetuneError, match="precision: 'fp32' there, 'fp16' now"):
+        distill(
+            tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=settings, img_size=32,
+            precision="fp16",
+        )  # fmt: skip
+
+
 def test_teachers_are_several_different_ones(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
     with pytest.raises(FinetuneError, match="named twice"):
         distill([tiny_backbone, tiny_backbone], "test_resnet", photos, tmp_path / "run")

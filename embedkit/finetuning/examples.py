@@ -281,6 +281,12 @@ def _by_lot(listing: Listing, seed: int) -> Division:
     if len(rows):
         groups = _copies([listing.files[row] for row in rows.tolist()])
         held = hold_out(len(rows), VAL_SHARE, seed, strata=codes.astype(np.int64), groups=groups)
+        alone = np.setdiff1d(codes, codes[held])
+        if len(alone):
+            log.warning(
+                "%s too small to hold an image out of it, such as %r; nothing says how well it is learned",
+                "a class is" if len(alone) == 1 else f"{len(alone):,} classes are", labels[rows[codes == alone[0]][0]],
+            )  # fmt: skip
         parts[rows] = np.where(held, "val", "train")
     return _divided(listing, labels, parts, ("train", "val", "val"), made=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -192,7 +193,13 @@ def make_ready(backbone: Backbone, recipe: Recipe, classes: int) -> tuple[Traine
     check_optimiser(recipe)
     trainee = make_trainee(backbone, classes, recipe)
     blocks = blocks_of(trainee)
-    trainable_at(blocks, recipe, 1)
+    late = trainable_at(blocks, recipe, sys.maxsize) - trainable_at(blocks, recipe, max(1, recipe.epochs))
+    if late and recipe.epochs:
+        asleep = sum(not late.isdisjoint(block.parameters) for block in blocks)
+        log.warning(
+            "%s of %d would only thaw after the last epoch, and never will: one thaws every %s, and there are %d",
+            counted(asleep, "block"), len(blocks), counted(recipe.gradual, "epoch"), recipe.epochs,
+        )  # fmt: skip
     return trainee, blocks, make_criterion(recipe, classes, backbone.dim)
 
 

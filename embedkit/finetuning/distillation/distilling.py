@@ -219,7 +219,7 @@ def distill(
             student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
             drop_path=recipe.drop_path, device=device,
         )  # fmt: skip
-        identity = {**_identity(pupil, known, listing, settings), "project": project}
+        identity = {**_identity(pupil, known, listing, settings), "project": project, "precision": precision}
         if world.first:
             folder.claim(recipe, identity, overwrite=overwrite)
         world.wait()
@@ -290,7 +290,8 @@ def _prepare(
         world.wait()
     assert targets is not None
     order = np.random.default_rng([_HELD_OUT, recipe.seed]).permutation(len(kept))
-    held = min(MAX_VALIDATION, round(settings.held_out * len(kept)))
+    wanted = max(round(settings.held_out * len(kept)), int(settings.held_out > 0))  # Of few images, one at least.
+    held = min(MAX_VALIDATION, wanted)
     if len(kept) - held < 2:
         raise FinetuneError(f"{counted(len(kept), 'image')} of {listing.root} are too few to learn from")
     views = list_views(images, settings.views, settings.smallest_view, recipe.seed)

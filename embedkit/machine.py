@@ -1,4 +1,4 @@
-"""What the machine has left."""
+"""What the machine is, and what it has left."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ def available_memory() -> int | None:
         # Files that were read are kept only while nobody needs the room.
         found.append(max(0, most - taken + int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))))
     return min(found) if found else None
+
+
+def processor_facts() -> dict[str, str]:
+    """Return what Linux says of the processor, such as "model name" and "flags"; nothing on other systems.
+
+    Examples
+    --------
+    >>> from embedkit.machine import processor_facts
+    >>> isinstance(processor_facts(), dict)
+    True
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

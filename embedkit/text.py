@@ -28,3 +28,7 @@ def counted(count: int, noun: str) -> str:
     """
     plural = noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{count:,} {plural}"
+
+
+def say_nothing(*news: object) -> None:
+    """Take news of progress, where nobody asked for any."""

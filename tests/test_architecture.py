@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "store": {"errors", "spec"},
     "extraction": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
     "index": {"errors", "spec", "text", "images", "sources", "backbones", "store"},
-    "heads": {"errors", "spec", "store", "index"},
+    "heads": {"errors", "machine", "spec", "store", "index"},
     "evaluation": {
         "errors", "spec", "text", "images", "sources", "backbones", "store", "extraction", "index", "heads", "machine",
     },

@@ -17,8 +17,8 @@ import pytest
 
 import embedkit as ek
 from embedkit.errors import EvaluationError
-from embedkit.evaluation import Cell, read_suite, run_suite
-from embedkit.evaluation.benching import state_of
+from embedkit.evaluation import PROTOCOLS, Cell, read_suite, run_suite
+from embedkit.evaluation.benching import head_device, state_of
 from embedkit.evaluation.cells import read_cell
 from embedkit.evaluation.speeds import machine_name
 from embedkit.evaluation.suites import Suite
@@ -77,7 +77,7 @@ def test_a_cell_says_what_was_timed_and_how_large_the_backbone_is(world: Path) -
     speed = facts["speed"]
     # 24 images are too few to time, so all of them were extracted once more for that.
     assert (speed["what"], speed["images"], speed["device"]) == ("sample", 24, "cpu")
-    assert speed["images_per_second"] == pytest.approx(24 / speed["seconds"], rel=0.01)
+    assert 24 / speed["images_per_second"] == pytest.approx(speed["seconds"], abs=0.001)
     assert speed["machine"] == machine_name()
     import timm
 
@@ -144,6 +144,65 @@ def test_a_cell_whose_inputs_changed_is_measured_again(
         store = ek.Store.open(world / "run" / "stores" / "tiny--photos.h5")
         assert store.spec.preprocessing.crop_pct == 0.5
     assert all(cell.reused for cell in run(world)[0])
+
+
+def test_a_protocol_of_another_version_is_measured_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(world)
+    monkeypatch.setattr(type(PROTOCOLS["default"]), "version", PROTOCOLS["default"].version + 1)
+    assert [state_of(world / "run", plan) for plan in read(world).plans] == ["stale", "stale"]
+    cells, said = run(world)
+    assert not any(cell.reused for cell in cells) and said.count("protocol_version differ") == 2
+    assert {cell.facts["versions"]["embedkit"] for cell in cells} == {ek.__version__}
+    assert all(cell.reused for cell in run(world)[0])
+
+
+def test_another_version_of_embedkit_alone_measures_nothing_again(world: Path) -> None:
+    run(world)
+    for path in (world / "run" / "cells").glob("*.json"):
+        path.write_text(path.read_text().replace(f'"embedkit": "{ek.__version__}"', '"embedkit": "0.0.0"'))
+    cells = run(world)[0]
+    assert all(cell.reused for cell in cells)
+    assert {cell.facts["versions"]["embedkit"] for cell in cells} == {"0.0.0"}  # Of what measured it.
+
+
+@pytest.mark.parametrize(
+    ("protocol", "device", "where"),
+    [
+        ("default", "auto", "cpu"),
+        ("default", "cpu", "cpu"),
+        ("default", "cuda:1", "cuda:1"),
+        ("dinov2-logreg", "cuda", "cuda"),
+        ("clip-lbfgs", "cuda", "cuda"),
+        ("dino-knn", "cuda", "cpu"),
+        ("mteb-image", "cuda", "cpu"),
+        ("{protocol: default, head: mlp}", "cuda", "cuda"),
+        ("{protocol: default, head: ridge}", "cuda", "cpu"),
+        ("{protocol: default, target: multi-label}", "cuda", "cuda"),
+        ("{protocol: default, target: regression}", "cuda", "cpu"),
+    ],
+)
+def test_a_gpu_that_is_named_is_also_the_heads_that_can_use_it(
+    protocol: str, device: str, where: str, tmp_path: Path
+) -> None:
+    write_suite(tmp_path, backbones=["resnet18"], protocols=f"[{protocol}]")
+    assert head_device(read(tmp_path).plans[0], device) == where
+
+
+def test_the_device_of_a_protocol_wins_and_is_told(world: Path, tiny_backbone: Path) -> None:
+    write_suite(world, backbones=[tiny_backbone], protocols="[{protocol: default, device: 'cuda:99'}, dino-knn]")
+    cells, _ = run(world, device="cpu")
+    assert "cannot be fitted on the device 'cuda:99'" in cells[0].error
+    assert cells[1].report is not None and cells[1].report.parameters["device"] == "cpu"
+
+
+def test_folds_pass_over_the_test_part(world: Path, tiny_backbone: Path) -> None:
+    more = "    test_split: test\n"
+    write_suite(
+        world, backbones=[tiny_backbone], protocols="[{protocol: default, name: folds, folds: 2}, default]", more=more
+    )
+    folds, plain = run(world)[0]
+    assert folds.report is not None and plain.report is not None, (folds.error, plain.error)
+    assert (len(folds.report.predictions["ids"]), len(plain.report.predictions["ids"])) == (16, 8)
 
 
 @pytest.mark.parametrize("suffix", ["json", "npz"])

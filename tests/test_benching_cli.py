@@ -42,7 +42,7 @@ def bench(suite: Path, *arguments: object, code: int = 0) -> Result:
 def test_bench_prints_a_table_and_writes_three_files(suite: Path) -> None:
     result = bench(suite)
     assert result.stdout.splitlines()[0] == "photos"
-    assert "dino-knn top1" in result.stdout and "bigvision-fewshot top1" in result.stdout
+    assert "dino-knn top1" in result.stdout and "bigvision-fewshot 25-shot top1" in result.stdout
     assert "tiny--photos--dino-knn: top1" in result.stderr
     assert all((suite.parent / "run" / name).stat().st_size for name in ("table.md", "table.csv", "report.html"))
 

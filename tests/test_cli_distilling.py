@@ -11,13 +11,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import embedkit as ek
+from embedkit.cli import main
 from embedkit.cli.distilling import distill
 from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation
 from embedkit.finetuning.recipe_file import read_settings
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(distill, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["distill", *map(str, arguments)])
 
 
 SMALL = ("--student", "test_resnet", "--img-size", 32, "--epochs", 1, "-b", 8, "--held-out", 0.2, "--target-width", 16)
@@ -49,6 +50,8 @@ def test_a_student_is_taught_and_judged(tmp_path: Path, photos: Path, tiny_backb
         photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--judge", judge, "-q", "--json"
     )  # fmt: skip
     values = json.loads(again.stdout)
+    words = ["distill", photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL]
+    assert "finished already" in CliRunner().invoke(main, list(map(str, words))).stderr
     assert values["judgement"]["student"]["linear_top1"] == pytest.approx(1.0)
     assert values["facts"]["images"] == 19
     assert values["teachers"][0]["digest"] == ek.Store.open(judge).digest
@@ -59,7 +62,7 @@ def test_a_file_of_settings_is_a_command_that_can_be_committed(
 ) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(
-        f"teachers: ['{tiny_backbone}']\nstudent: test_resnet\nimg-size: 32\nepochs: 1\nbatch_size: 8\nhflip: 0.25\n"
+        f"teacher: {tiny_backbone}\nstudent: test_resnet\nimg-size: 32\nepochs: 1\nbatch_size: 8\nhflip: 0.25\n"
         "held_out: 0.2\nviews: 2\n"
     )
     result = run(photos, "--config", path, "--epochs", 2, "-o", tmp_path / "run", "-q")
@@ -74,6 +77,7 @@ def test_a_file_of_settings_is_a_command_that_can_be_committed(
     [
         ("epoch: 3", "did you mean epochs"),
         ("epochs: 3\nepochs: 4", "twice"),
+        ("teacher: a\nteachers: [b]", "are one setting"),
         ("- a\n- b", "holds no settings"),
         ("output: /tmp/x", "no setting 'output'"),
         ("a: &a [1]\nb: *a", "aliases"),

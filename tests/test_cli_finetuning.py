@@ -28,7 +28,8 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 def parsed(*arguments: object) -> Recipe:
     """Return the recipe that a command line asks for."""
-    context = COMMAND.make_context("finetune", ["photos", "-m", "x", *map(str, arguments)])
+    parent = click.Context(main, info_name="embedkit", **main.context_settings)
+    context = COMMAND.make_context("finetune", ["photos", "-m", "x", *map(str, arguments)], parent=parent)
     return recipe_of(context.params)
 
 
@@ -105,6 +106,39 @@ def test_a_dry_run_counts_what_learns_and_writes_nothing(photos: Path, tiny_back
     found = [json.loads(row) for row in rows]
     assert found[-1] == {"name": "head", "frozen": 0, "trainable": 194, "from_epoch": 1}
     assert sum(row["frozen"] for row in found) == 0
+
+
+def test_figures_are_not_kept_for_no_project(photos: Path, tiny_backbone: Path) -> None:
+    assert "name the project" in run(photos, "-m", tiny_backbone, "--dry-run", "--wandb-offline", code=2).output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--opt", "adamv"), "no optimiser is called 'adamv'; timm's are many, such as adam"),
+        (("--eval-metric", "top9"), "choose one of top1, mean_class_accuracy, loss"),
+        (("--loss", "supcon", "--eval-metric", "loss"), "choose one of recall@1"),
+        (("--loss", "supcon", "--mixup", "0.2"), "leave --mixup and --cutmix at 0"),
+    ],
+)
+def test_what_cannot_work_is_found_out_before_anything_is_embedded(
+    photos: Path, tiny_backbone: Path, tmp_path: Path, wrong: tuple[str, ...], said: str
+) -> None:
+    common = (photos, "-m", tiny_backbone, "-o", tmp_path / "run", "--device", "cpu", *wrong)
+    for more in (("--dry-run",), ()):
+        assert said in run(*common, *more, code=1).output
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_an_epoch_none_was_chosen(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    found = run(photos, "-m", tiny_backbone, "-o", tmp_path / "run", "--epochs", 0, "--no-reextract", "--device", "cpu")
+    assert "which nothing was chosen on" in found.stdout and "best epoch" not in found.stdout
+
+
+def test_a_file_is_no_place_for_a_run(photos: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("here")
+    said = run(photos, "-m", tiny_backbone, "-o", tmp_path / "taken", "--device", "cpu", code=1).output
+    assert "taken is a file; name a folder" in said and (tmp_path / "taken").read_text() == "here"
 
 
 def test_samples_of_an_augmentation_are_shown_and_nothing_is_trained(

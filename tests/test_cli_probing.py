@@ -84,6 +84,7 @@ def test_suspects_are_listed_instead_of_scores(store: Path, split: Path) -> None
         (("--suspects", "--shots", "1"), "--suspects does not go with '--shots'"),
         (("--suspects", "--drop-leaks"), "--suspects does not go with '--drop-leaks'"),
         (("--suspects", "--each"), "--suspects does not go with '--each'"),
+        (("--suspects", "--train-split", "val"), "--suspects does not go with '--train-split'"),
         (("--each", "--layer", "avg"), "--each does not go with '--layer'"),
         (("--each", "--save", "x"), "--each does not go with '--save'"),
         (("--shots", "1,two"), "is not one number or several"),
@@ -93,6 +94,23 @@ def test_suspects_are_listed_instead_of_scores(store: Path, split: Path) -> None
 )
 def test_options_that_do_not_go_together_are_wrong_usage(store: Path, arguments: tuple[str, ...], named: str) -> None:
     assert named in run("probe", store, *arguments, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--folds", "3", "--drop-leaks"), "drop_leaks goes without them"),
+        (("--folds", "3", "--shots", "2"), "shots go with classes and without folds"),
+        (("--folds", "3", "--train-split", "val"), "name parts of a split file"),
+        (("--folds", "3", "--split", "SPLIT", "--test-split", "val"), "drop test_split, or the folds"),
+        (("--folds", "3", "--head", "forest"), "there is no head 'forest'"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    store: Path, split: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    given = (split if argument == "SPLIT" else argument for argument in arguments)
+    assert named in run("probe", store, *given, code=1).stderr
 
 
 def test_each_needs_layers(store: Path, split: Path) -> None:

@@ -183,7 +183,7 @@ def test_the_page_of_samples_passes_over_what_cannot_be_read_and_escapes_names(p
     files = list_images(photos).files
     bad = ImageFile("bad.jpg", str(tmp_path / "bad.jpg"), "cat")
     odd = ImageFile("<b>.jpg", files[0].path, "<i>")  # type: ignore[attr-defined]
-    write_samples(tmp_path / "page.html", [bad, odd], SQUARE, Recipe())
+    write_samples(tmp_path / "page.html", [bad, odd], SQUARE, Recipe(augmentation=Augmentation()))
     page = (tmp_path / "page.html").read_text()
     assert "&lt;b&gt;.jpg" in page and "<b>" not in page and "<i>" not in page and "nothing is varied" in page
     with pytest.raises(ImageError, match="bad"):

@@ -24,6 +24,7 @@ from embedkit.finetuning.training.checkpoints import (
     state_folder,
     unpack_optimiser,
 )
+from embedkit.finetuning.training.history import EpochRow, History
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -129,6 +130,34 @@ def test_an_optimiser_goes_on_as_if_it_had_never_stopped() -> None:
     step(one, optimiser)
     step(other, resumed)
     assert all(torch.equal(left, right) for left, right in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_what_the_recipe_says_of_a_group_is_not_read_from_a_file() -> None:
+    def optimiser() -> torch.optim.Optimizer:
+        group = {"params": [nn.Parameter(torch.ones(2))], "name": "head", "base_lr": 0.1, "weight_decay": 0.5}
+        return torch.optim.AdamW([group], lr=0.1)
+
+    packed = json.dumps(pack_optimiser(optimiser())[1])
+    for change in (
+        ('"base_lr", 0.1', '"base_lr", "much"'),
+        ('"base_lr"', '"other"'),
+        ('"weight_decay", 0.5', '"a", 1'),
+    ):
+        assert change[0] in packed
+        found = optimiser()
+        unpack_optimiser(found, {}, json.loads(packed.replace(*change)))
+        assert [found.param_groups[0][name] for name in ("name", "base_lr", "weight_decay")] == ["head", 0.1, 0.5]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"metrics": {"top1": "<b>"}}, {"metrics": "x"}, {"rates": None}, {"seconds": None}, {"loss": "low"}]
+)
+def test_a_history_of_other_things_than_numbers_is_refused(changes: dict[str, Any]) -> None:
+    history = History((EpochRow(1, 0.5, {"top1": 0.25}, {"head": 0.1}, 8, 0, 1.5, 4),), 1)
+    values = json.loads(json.dumps(history.to_dict()))
+    assert History.from_dict(values) == history
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        History.from_dict({**values, "epochs": [{**values["epochs"][0], **changes}]})
 
 
 def test_an_optimiser_that_keeps_what_no_file_can_is_refused() -> None:

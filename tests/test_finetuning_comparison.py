@@ -111,3 +111,22 @@ def test_a_comparison_is_read_again_and_a_strange_one_is_refused(tmp_path: Path,
     for wrong in ({}, {"changes": [1]}, {"changes": [{**strange, "interval": 3}], "part": "", "chosen_on": 1}):
         with pytest.raises(FinetuneError, match="not the comparison of a run"):
             BeforeAfter.from_dict(wrong)
+
+
+def test_an_image_that_cannot_be_read_again_is_compared_in_no_measure(tmp_path: Path, split: str) -> None:
+    before, whole = write_store(tmp_path / "a.h5", 1.0, weights="ab"), write_store(tmp_path / "b.h5", 4.0, weights="cd")
+    ids = [id for id in whole.ids if id != "100.jpg"]
+    with StoreWriter(tmp_path / "c.h5", whole.spec) as writer:
+        writer.append(whole.rows(ids=ids), ids, labels=[CLASSES[int(id[:3]) % 3] for id in ids])
+        writer.fail("100.jpg", "it is gone")
+        writer.finalise()
+    scores = np.eye(3)[[int(id[:3]) % 3 for id in ids[90:]]]
+    trained = classifier_report(ids[90:], scores.argmax(axis=1), scores, CLASSES)
+    for left, right in ((before, Store.open(tmp_path / "c.h5")), (Store.open(tmp_path / "c.h5"), before)):
+        found = compare_stores(left, right, split, ("train", "val", "val"), trained=trained)
+        assert [(change.name, change.rows) for change in found.changes] == [
+            (name, 89) for name in ("classifier", "linear probe", "k-NN", "recall@1", "mAP@R")
+        ]
+    assert found.before is not None
+    hit = dict(zip(found.before.predictions["ids"].tolist(), found.before.predictions["correct"].tolist(), strict=True))
+    assert found.changes[0].before == pytest.approx(np.mean([hit[id] for id in ids[90:]]))

@@ -21,6 +21,7 @@ from embedkit.errors import FinetuneError
 from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation, distill
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.run_folder import RunFolder
 from tests.conftest import write_photos
 
 SHORT = replace(DISTILLING, epochs=3, batch_size=8)
@@ -94,6 +95,13 @@ def test_a_finished_run_is_returned_and_another_one_refused(
         )
     with pytest.raises(FinetuneError, match="student"):
         distill(teachers, "test_resnet", photos, taught, recipe=SHORT, settings=settings, img_size=48)
+
+
+def test_one_process_at_a_time_teaches_in_a_folder(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    folder = tmp_path / "run"
+    with RunFolder(folder).lock(), pytest.raises(ek.StoreBusyError, match="run is being written by process"):
+        distill(tiny_backbone, "test_resnet", photos, folder, recipe=SHORT, settings=SETTINGS, img_size=32)
+    assert not folder.exists()
 
 
 def test_another_run_replaces_one_when_asked_and_the_teachers_stores_stay(
@@ -179,6 +187,17 @@ def test_without_held_out_images_the_training_loss_chooses(tmp_path: Path, photo
     rows = rows_of(tmp_path / "run")
     assert [row["images"] for row in rows] == [24.0] * 3
     assert json.loads((tmp_path / "run" / "backbone.json").read_text())["metrics"] == {}
+
+
+def test_of_few_images_one_is_held_out_at_least(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    settings, recipe = replace(SETTINGS, held_out=0.001), replace(SHORT, epochs=1)
+    distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=settings, img_size=32)
+    assert rows_of(tmp_path / "run")[0]["images"] == 23
+    with pytest.raises(FinetuneError, match="precision: 'fp32' there, 'fp16' now"):
+        distill(
+            tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=settings, img_size=32,
+            precision="fp16",
+        )  # fmt: skip
 
 
 def test_teachers_are_several_different_ones(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:

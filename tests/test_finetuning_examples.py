@@ -48,6 +48,14 @@ def test_a_fifth_of_each_class_is_held_out_and_copies_stay_together(folder: Path
     assert sides == {True, False}
 
 
+def test_a_class_too_small_to_hold_out_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "lonely").mkdir()
+    (folder / "lonely" / "one.jpg").write_text("nothing like it")
+    division = divide(list_images(folder))
+    assert division.classes.index("lonely") not in division.val.codes
+    assert "a class is too small to hold an image out of it, such as 'lonely'" in caplog.text
+
+
 def test_equal_seeds_draw_equal_lots(folder: Path) -> None:
     one, same, other = (divide(list_images(folder), seed=seed) for seed in (1, 1, 2))
     assert one.sha256 == same.sha256 != other.sha256

@@ -44,6 +44,17 @@ def test_every_block_learns_at_the_rate_that_was_asked_for(trainee: Trainee) -> 
     assert found["head.weight"]["lr"] == found["head.bias"]["lr"] == 1e-2
 
 
+def test_what_the_embedding_does_not_depend_on_is_in_no_group() -> None:
+    from embedkit.backbones.copies import fresh_network
+    from embedkit.spec import Preprocessing
+
+    network = fresh_network("test_convnext2", Preprocessing(img_size=(64, 64)), pool="avg", seed=1)
+    trainee = Trainee(network, nn.Linear(128, 3))
+    found = groups_by_parameter(trainee, parameter_groups(trainee, blocks_of(trainee), RECIPE))
+    behind = {"network.model.head.norm.weight", "network.model.head.norm.bias"}
+    assert dict(trainee.named_parameters()).keys() - found.keys() == behind
+
+
 def test_norms_and_biases_do_not_decay(trainee: Trainee) -> None:
     found = groups_by_parameter(trainee, parameter_groups(trainee, blocks_of(trainee), RECIPE))
     kept = {name for name, group in found.items() if group["weight_decay"] == 0}

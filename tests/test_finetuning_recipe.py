@@ -69,6 +69,13 @@ def test_a_strangers_recipe_is_refused_by_name(values: Any, message: str) -> Non
         ({"smoothing": 1.0}, "smoothing must be from 0 to below 1"),
         ({"seed": -1}, "seed must be from 0"),
         ({"augmentation": {}}, "augmentation must be an Augmentation"),
+        ({"augmentation": Augmentation(mixup_off_epoch=3)}, "mixup_off_epoch ends what does not begin"),
+        ({"gradual": 2, "unfreeze": "none"}, "gradual thaws one block after the other"),
+        ({"epochs": 3, "warmup_epochs": 4.0}, "rise for 4 epochs never arrive in 3"),
+        (
+            {"loss": "supcon", "unfreeze": "none"},
+            "loss supcon compares embeddings, which a frozen body does not change",
+        ),
         ({"warmup": "probe", "head": "mlp:8"}, "cannot warm up the head mlp:8"),
         ({"from_scratch": True, "unfreeze": "last-2"}, "must learn everything"),
         ({"from_scratch": True, "warmup": "probe"}, "has no embeddings to warm a head up on"),

@@ -208,6 +208,30 @@ def test_a_strangers_folder_is_refused_by_name(
         Backbone.load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_cfg": {"classifier": 5}}, r"backbone\.json: pretrained_cfg says classifier: '5'"),
+        ({"pretrained_cfg": {"input_size": "large"}}, "says input_size: 'large'"),
+        ({"pretrained_cfg": {"input_size": [3, 1000000, 1000000]}}, "says input_size: "),
+        ({"pretrained_cfg": {"mean": "abc"}}, "says mean: 'abc'"),
+        ({"pretrained_cfg": {"std": [True, 1, 1]}}, "says std: "),
+        ({"pretrained_cfg": {"crop_pct": "most"}}, "says crop_pct: 'most'"),
+        ({"model_args": {"global_pool": "deep"}}, "does not fit test_resnet"),
+        ({"architecture": "hf-hub:somebody/network"}, "does not fit hf-hub:somebody/network"),
+    ],
+)
+def test_a_strangers_configuration_is_refused_by_name(
+    tiny_backbone: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    parent = Backbone.load(tiny_backbone, device="cpu")
+    save_backbone(tmp_path, make_trainee(parent, 2, Recipe()).network, parent.spec)
+    values = json.loads((tmp_path / "backbone.json").read_text())
+    (tmp_path / "backbone.json").write_text(json.dumps({**values, **changes}))
+    with pytest.raises(BackboneError, match=message):
+        Backbone.load(tmp_path, device="cpu")
+
+
 def test_weights_with_two_names_are_written_twice(tiny_backbone: Path, tmp_path: Path) -> None:
     parent = Backbone.load(tiny_backbone, device="cpu")
     network = make_trainee(parent, 2, Recipe()).network
@@ -238,7 +262,7 @@ def test_a_full_disk_leaves_what_was_there(tiny_backbone: Path, tmp_path: Path) 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["checkpoint_path", "cache_dir", "pretrained_cfg_overlay"])
+@pytest.mark.parametrize("name", ["checkpoint_path", "cache_dir", "pretrained_cfg_overlay", "pretrained_strict"])
 def test_a_strangers_folder_names_no_other_file(tiny_backbone: Path, tmp_path: Path, name: str) -> None:
     parent = Backbone.load(tiny_backbone, device="cpu")
     save_backbone(tmp_path, make_trainee(parent, 2, Recipe()).network, parent.spec)

@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_repeated(run: Path, photos: Path, backbone: ek.Ba
 def test_another_run_in_the_folder_is_refused_by_its_differences(
     run: Path, photos: Path, backbone: ek.Backbone
 ) -> None:
-    with pytest.raises(FinetuneError, match=r"recipe.body_lr: 0.0001 there, 0.5 now"):
+    with pytest.raises(FinetuneError, match=r"recipe.body_lr: 0.0003 there, 0.5 now"):
         ek.finetune(
             photos, backbone, run, recipe=Recipe(epochs=2, batch_size=8, augmentation=RECIPE.augmentation, body_lr=0.5)
         )
@@ -181,6 +181,7 @@ def test_a_given_store_is_used_and_a_third_part_is_compared_on(
     few = store.select(tmp_path / "few.h5", range(20))
     with pytest.raises(EvaluationError, match="lacks 4 images"):
         ek.finetune(photos, backbone, tmp_path / "b", recipe=RECIPE, split=split, store=few)
+    assert not (tmp_path / "a" / "recipe.json").exists() and not (tmp_path / "b" / "split.csv").exists()
 
 
 def test_a_table_with_parts_is_trained_by_them(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:

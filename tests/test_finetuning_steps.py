@@ -16,7 +16,7 @@ from embedkit.finetuning.trainee import Trainee
 from embedkit.finetuning.training.losses import CrossEntropy
 from embedkit.finetuning.training.norms import find_pairs, fold_pairs, standing_in
 from embedkit.finetuning.training.shares import sum_gradients
-from embedkit.finetuning.training.steps import accumulate
+from embedkit.finetuning.training.steps import accumulate, in_pieces
 from embedkit.finetuning.training.ways import way_of
 from embedkit.spec import Preprocessing
 
@@ -251,3 +251,29 @@ def test_shares_are_summed_in_their_order() -> None:
     assert float(total) == 7.0 and unused.grad is None
     assert weight.grad is not None and weight.grad.tolist() == [7.0] * 3
     assert twin.grad is not None and twin.grad.tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 3), (25, 4), (32, 16), (7, 100), (5, 1), (0, 4)])
+def test_pieces_differ_by_one_image_at_most(count: int, most: int) -> None:
+    # The statistics of a piece of one image, where its neighbours have three, would be none.
+    pieces = list(in_pieces([batch_of(count, mixed=True)], most))
+    sizes = [len(piece) for piece in pieces]
+    assert sum(sizes) == count and max(sizes, default=0) <= most and max(sizes, default=0) - min(sizes, default=0) <= 1
+    assert [int(row) for piece in pieces for row in piece.rows] == list(range(count))
+    assert all(len(piece.pixels) == len(piece.codes) == len(piece.targets) == len(piece) for piece in pieces)  # type: ignore[arg-type]
+
+
+def test_a_new_norm_beside_which_others_read_the_convolution_is_not_folded() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            found = self.convolution(pixels)
+            return (found + self.norm(found)).mean((2, 3))
+
+    module, crops = Beside().eval(), torch.rand(2, 3, 8, 8)
+    statistics = [value.clone() for value in module.norm.buffers()]
+    assert find_pairs(module, crops) == []  # Though both would agree while the statistics are 0 and 1.
+    assert all(torch.equal(now, then) for now, then in zip(module.norm.buffers(), statistics, strict=True))

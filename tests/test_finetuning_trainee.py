@@ -17,6 +17,7 @@ from embedkit.finetuning.blocks import blocks_of, freeze_body, list_states, set_
 from embedkit.finetuning.layers import make_layers
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.saving import save_backbone
+from embedkit.finetuning.stages import make_ready
 from embedkit.finetuning.trainee import Trainee, make_trainee
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
@@ -237,6 +238,13 @@ def test_the_table_says_when_each_block_begins(backbone: Backbone) -> None:
     ]  # fmt: skip
     assert all((row.trainable == 0) == (row.from_epoch == 0) for row in rows)
     assert sum(row.frozen + row.trainable for row in rows) == sum(weight.numel() for weight in trainee.parameters())
+
+
+def test_blocks_that_would_thaw_after_the_end_are_told(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    make_ready(backbone, Recipe(gradual=1, epochs=5), 3)
+    assert not caplog.text
+    make_ready(backbone, Recipe(gradual=2, epochs=4), 3)
+    assert "3 blocks of 5 would only thaw after the last epoch" in caplog.text
 
 
 def test_vgg16_without_its_top_has_the_published_numbers() -> None:

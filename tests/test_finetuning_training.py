@@ -104,6 +104,15 @@ def test_the_same_run_twice_ends_in_the_same_weights(world: World, tmp_path: Pat
     assert same(one, other) and not same(one, another)
 
 
+def test_a_table_that_a_kill_left_behind_is_written_again(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path)
+    table = tmp_path / "epochs.csv"
+    before = table.read_text()
+    table.write_text("".join(before.splitlines(keepends=True)[:-1]))
+    world.train(tmp_path)
+    assert table.read_text() == before
+
+
 class Interrupted(Exception):
     """Raised in the middle of the third epoch."""
 
@@ -188,6 +197,7 @@ def test_a_damaged_state_is_named_with_what_to_do(world: World, tmp_path: Path) 
         {"optimiser": {"pairs": []}},
         {"optimiser": {"tensor": "trainee.head.bias"}},
         {"plateau": {"factor": 1.0, "other": 2}},
+        {"plateau": {"factor": [1], "best": None, "waited": 0}},
         {"at_once": "many"},
         {"best_score": [1]},
     ],
@@ -285,7 +295,8 @@ def test_several_batches_an_update_are_one_batch_of_their_size(world: World, tmp
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
 
 
-def test_early_stopping_keeps_the_best_epoch(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("patience", "words"), [(1, "1 epoch"), (2, "2 epochs")])
+def test_early_stopping_keeps_the_best_epoch(world: World, tmp_path: Path, patience: int, words: str) -> None:
     scores = iter([0.1, 0.6, 0.5, 0.6, 0.9])
     states: list[dict[str, Tensor]] = []
 
@@ -293,9 +304,9 @@ def test_early_stopping_keeps_the_best_epoch(world: World, tmp_path: Path) -> No
         states.append({name: value.clone() for name, value in trainee.state_dict().items()})
         return {"top1": next(scores)}
 
-    trainee, history = world.train(tmp_path, replace(RECIPE, epochs=9, patience=2), validate=validate)
-    assert (len(history.epochs), history.best_epoch) == (4, 2)
-    assert history.stopped == "no better top1 in 2 epochs"
+    trainee, history = world.train(tmp_path, replace(RECIPE, epochs=9, patience=patience), validate=validate)
+    assert (len(history.epochs), history.best_epoch) == (2 + patience, 2)
+    assert history.stopped == f"no better top1 in {words}"
     assert all(torch.equal(value, states[1][name]) for name, value in trainee.state_dict().items())
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["best-2.safetensors", "last.safetensors"]
 

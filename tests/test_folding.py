@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from embedkit.evaluation.folding import assign_folds, hold_out
 from embedkit.evaluation.shots import draw_shots
+from embedkit.heads.folding import assign_folds, hold_out
 
 
 def codes(seed=0, n=60):

@@ -12,6 +12,8 @@ from sklearn.utils.estimator_checks import check_estimator
 from embedkit import heads
 from embedkit.errors import EvaluationError
 from embedkit.heads import WeightedKNN, fit_logistic, logistic_regression, neighbours, penalties
+from embedkit.heads.folding import hold_out
+from embedkit.heads.neighbours import KnownNeighbours
 
 
 def blobs(counts, dim=6, spread=1.0, seed=0):
@@ -135,7 +137,7 @@ def test_fit_logistic_is_the_refit_of_the_best_C_on_all_rows():
 def test_fit_logistic_scores_each_C_on_rows_that_neither_scaler_nor_regression_saw():
     x, y = blobs([25, 25, 25], spread=4.0)
     _, choice = fit_logistic(x, y, C_grid=(1e-3, 1e-1), seed=3, tol=1e-6)
-    held_out = penalties._held_out(y, 0.2, 3)
+    held_out = hold_out(len(y), 0.2, 3, strata=np.unique(y, return_inverse=True)[1])
     for C, loss in choice["C_losses"].items():
         cold = logistic_regression(C, tol=1e-6).fit(x[~held_out], y[~held_out])
         assert loss == pytest.approx(log_loss(y[held_out], cold.predict_proba(x[held_out])), rel=1e-5)
@@ -157,14 +159,14 @@ def test_fit_logistic_is_decided_by_its_seed():
 def test_held_out_rows_are_a_share_of_every_class_and_never_all_of_it():
     labels = np.array(["big"] * 50 + ["two"] * 2 + ["one"] + ["three"] * 3)
     np.random.default_rng(0).shuffle(labels)
-    held_out = penalties._held_out(labels, 0.2, seed=0)
+    held_out = hold_out(len(labels), 0.2, 0, strata=np.unique(labels, return_inverse=True)[1])
     assert {name: int(held_out[labels == name].sum()) for name in ("big", "two", "one", "three")} == {
         "big": 10,
         "two": 1,
         "one": 0,
         "three": 1,
     }
-    assert not np.array_equal(held_out, penalties._held_out(labels, 0.2, seed=1))
+    assert not np.array_equal(held_out, hold_out(len(labels), 0.2, 1, strata=np.unique(labels, return_inverse=True)[1]))
 
 
 def test_fit_logistic_copes_with_a_class_of_one_row():
@@ -224,3 +226,15 @@ def test_fit_logistic_refuses_a_single_class():
 
 def test_default_grid_is_the_signatures():
     assert inspect.signature(fit_logistic).parameters["C_grid"].default == heads.C_GRID
+
+
+def test_labels_of_known_neighbours_do_not_depend_on_the_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    head = WeightedKNN(k=5).fit(rng.normal(size=(60, 4)), np.arange(60) % 7)
+    queries = rng.normal(size=(23, 4))
+    known = KnownNeighbours(head, *head.search(queries), k=5)
+    expected = head.predict(queries)
+    for votes in (1, 7 * 4, 1 << 24):
+        monkeypatch.setattr("embedkit.heads.neighbours._VOTES", votes)
+        np.testing.assert_array_equal(known.predict(np.arange(23)), expected)
+        assert known.predict(np.arange(0)).shape == (0,)

@@ -1,4 +1,7 @@
+import hashlib
 import json
+import os
+import random
 
 import numpy as np
 import pytest
@@ -9,8 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from embedkit import EmbeddingSpec
-from embedkit.errors import EvaluationError
+from embedkit.errors import EmbedkitError, EvaluationError, SpecMismatchError
+from embedkit.evaluation.predicting import predict
 from embedkit.heads import HEADS, LeastSquares, load_head, logistic_regression, make_head, save_head
+from embedkit.store import StoreWriter
 
 SPEC = EmbeddingSpec(backbone="resnet18", weights_sha256="ab" * 32, dim=4)
 NAMES = ["ant", "bee", "cat"]
@@ -123,7 +128,7 @@ def test_a_head_that_is_not_there_says_how_to_get_one(tmp_path):
         (["estimator", "fitted", "predict"], 3, "has other parameters or parts"),
         (["estimator", "fitted", "codes_"], 3, "codes_ must be an array"),
         (["estimator", "fitted", "codes_"], {"array": "none"}, "lacks a part"),
-        (["estimator", "fitted", "codes_"], {"texts": ["a"] * 60}, "codes of no class"),
+        (["estimator", "fitted", "codes_"], {"texts": ["a"] * 60}, "codes_ must be numbers"),
         (["estimator"], {"kind": "Pipeline", "steps": []}, "a pipeline has 1 to 16 steps"),
         (["estimator"], {"kind": "Pipeline", "steps": 3}, "lacks a part"),
     ],
@@ -166,3 +171,163 @@ def test_codes_of_no_class_and_numbers_that_are_not_finite_are_refused(tmp_path)
         save_file({**good, **change}, tensors)
         with pytest.raises(EvaluationError, match=message):
             load_head(tmp_path / "a.head")
+
+
+def test_arrays_of_another_head_are_refused(tmp_path):
+    _, tensors = saved(tmp_path / "a.head")
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(EvaluationError, match=r"arrays\.safetensors is damaged, or is not the file"):
+        load_head(tmp_path / "a.head")
+
+
+@pytest.mark.parametrize("name", ["head.json", "arrays.safetensors"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_only_files_are_read(tmp_path, name):
+    saved(tmp_path / "a.head")
+    (tmp_path / "a.head" / name).unlink()
+    os.mkfifo(tmp_path / "a.head" / name)
+    with pytest.raises(EvaluationError, match=r"a\.head is no head: .* must be files"):
+        load_head(tmp_path / "a.head")
+    (tmp_path / "a.head" / name).unlink()
+    (tmp_path / "a.head" / name).symlink_to("/dev/zero")
+    with pytest.raises(EvaluationError, match="must be files"):
+        load_head(tmp_path / "a.head")
+
+
+def test_what_would_fill_the_memory_is_refused_unread(tmp_path):
+    description, tensors = saved(tmp_path / "a.head")
+    whole = description.read_bytes()
+    description.write_bytes(b"[" + b"[]," * (2 << 20) + b"[]]")
+    with pytest.raises(EvaluationError, match="lists and mappings: it is no head's"):
+        load_head(tmp_path / "a.head")
+    os.truncate(description, 65 << 20)
+    with pytest.raises(EvaluationError, match="larger than 64 MiB"):
+        load_head(tmp_path / "a.head")
+    description.write_bytes(whole)
+    os.truncate(tensors, 1 << 43)  # Eight TiB of nothing.
+    with pytest.raises(EvaluationError, match=r"arrays\.safetensors has 8,192\.0 GiB"):
+        load_head(tmp_path / "a.head")
+
+
+@pytest.mark.parametrize(
+    ("step", "part", "value", "message"),
+    [
+        (0, "mean_", None, "mean_ is missing, and with_mean asks for it"),
+        (0, "mean_", {"texts": ["a", "b", "c", "d"]}, "mean_ must be numbers"),
+        (1, "coef_", None, "coef_ must be an array"),
+    ],
+)
+def test_parts_that_a_head_cannot_do_without_are_refused(tmp_path, step, part, value, message):
+    x = rows()
+    head = make_pipeline(StandardScaler(), LogisticRegression()).fit(x, named(x))
+    save_head(tmp_path / "a.head", head, classes=NAMES, spec=SPEC)
+    description = tmp_path / "a.head" / "head.json"
+    values = json.loads(description.read_text())
+    values["estimator"]["steps"][step][1]["fitted"][part] = value
+    description.write_text(json.dumps(values))
+    with pytest.raises(EvaluationError, match=message):
+        load_head(tmp_path / "a.head")
+
+
+def test_scalers_that_do_nothing_are_saved(tmp_path):
+    x = rows()
+    head = make_pipeline(StandardScaler(with_mean=False, with_std=False), LogisticRegression()).fit(x, named(x))
+    save_head(tmp_path / "a.head", head, classes=NAMES, spec=SPEC)
+    same(head, load_head(tmp_path / "a.head").estimator, rows(9, seed=1))
+
+
+# Whatever a stranger does to the two files.
+
+WRONG = [
+    None,
+    True,
+    -1,
+    10**30,
+    1e308,
+    "x",
+    [],
+    {},
+    [1],
+    {"texts": ["a"]},
+    {"texts": 5},
+    {"array": 3},
+    {"array": ["x"]},
+]
+SHAPES = [[10**9, 10**9], [0], [], [2**62, 4], [1] * 100, ["a"], None, -1, [-1, 4], [4, -1]]
+TYPES = ["BF16", "F8_E4M3", "F16", "I64", "BOOL", "F64", "C64", "none", 3]
+
+
+def places(value, at=()):
+    """Yield the path to each value within a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield (*at, key)
+        yield from places(one, (*at, key))
+
+
+def flipped(chance, data):
+    data = bytearray(data)
+    for _ in range(chance.choice([1, 1, 3, 20])):
+        data[chance.randrange(min(len(data), chance.choice([8, 400, 1 << 30])))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def other_value(chance, text):
+    values = json.loads(text)
+    *before, last = chance.choice(list(places(values)))
+    inner = values
+    for key in before:
+        inner = inner[key]
+    inner[last] = chance.choice(WRONG)
+    return json.dumps(values).encode()
+
+
+def other_header(chance, data):
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    key = chance.choice(["shape", "data_offsets", "dtype"])
+    chance.choice(list(header.values()))[key] = chance.choice(TYPES if key == "dtype" else SHAPES)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_damaged_head_is_refused_by_name_or_answers(tmp_path, name):
+    x, chance, refused = rows(), random.Random(name), 0
+    store = tmp_path / "new.h5"
+    with StoreWriter(store, SPEC) as writer:
+        writer.append(rows(3, seed=1), ["a.jpg", "b.jpg", "c.jpg"])
+        writer.finalise()
+    save_head(tmp_path / "a.head", make_head(name).fit(x, named(x)), classes=NAMES, spec=SPEC)
+    description, tensors = tmp_path / "a.head" / "head.json", tmp_path / "a.head" / "arrays.safetensors"
+    text, data = description.read_bytes(), tensors.read_bytes()
+    for _ in range(120):
+        new_text, new_data = text, data
+        way = chance.randrange(5)
+        if way == 0:
+            new_text = flipped(chance, text)
+        elif way == 1:
+            new_data = flipped(chance, data)
+        elif way == 2:
+            new_text, new_data = (one[: chance.randrange(len(one))] for one in (text, data))
+        elif way == 3:
+            new_text = other_value(chance, text)
+        else:
+            new_data = other_header(chance, data)
+        if chance.random() < 0.7:  # By somebody who knows the hash.
+            new_text = new_text.replace(*(hashlib.sha256(one).hexdigest().encode() for one in (data, new_data)))
+        description.write_bytes(new_text)
+        tensors.write_bytes(new_data)
+        try:
+            head = load_head(tmp_path / "a.head")
+        except EmbedkitError as error:
+            assert "a.head" in str(error)
+            refused += 1
+            continue
+        try:
+            assert len(list(predict(head, store))) == 3
+        except (SpecMismatchError, EvaluationError) as error:
+            assert "the head" in str(error)
+    assert 60 < refused < 120

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +191,16 @@ def test_a_head_that_does_not_fit_its_spec_is_refused(store: Store) -> None:
         predict(replace(head, estimator=Ridge().fit(store.load(), store.labels)), store)
 
 
+@pytest.mark.parametrize(("parameter", "value"), [("k", 0), ("k", "three"), ("temperature", None)])
+def test_a_head_that_cannot_be_used_is_refused_before_anything_is_embedded(
+    store: Store, photos: Path, parameter: str, value: Any
+) -> None:
+    head = fitted(store, WeightedKNN(k=3))
+    head.estimator.set_params(**{parameter: value})
+    with pytest.raises(EvaluationError, match="the head cannot be used"):
+        predict(head, photos, backbone=None)
+
+
 def test_csv_has_every_image_and_every_byte_of_its_name(store: Store, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     seen: list[tuple[int, int]] = []
@@ -230,6 +243,49 @@ def test_command_chooses_images_like_extract(head_folder: Path, photos: Path) ->
     assert done.stderr == ""
     top = run(head_folder, photos / "dog" / "1.jpg", "--device", "cpu", "--top", "2", "-q").stdout.splitlines()
     assert top[0] == "1.jpg" and [line.split()[0] for line in top[1:]] == ["1", "2"]
+
+
+def answers(done: Any) -> dict[str, tuple[str, float]]:
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["path"] for line in lines] == sorted((line["path"] for line in lines), key=os.fsencode)
+    return {line["path"]: (line["label"], round(line["probability"], 4)) for line in lines if "label" in line}
+
+
+def test_command_reads_archives(head_folder: Path, photos: Path, tmp_path: Path) -> None:
+    for name, mode in (("pets.tar", "w"), ("pets.tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            for path in sorted(photos.rglob("*.jpg"), reverse=True):
+                archive.add(path, path.relative_to(photos))
+            broken = tarfile.TarInfo("cat/broken.jpg")
+            broken.size = 7
+            archive.addfile(broken, io.BytesIO(b"no jpeg"))
+    expected = answers(run(head_folder, photos, "--device", "cpu", "--json", "-q"))
+    for name in ("pets.tar", "pets.tar.gz"):
+        done = run(head_folder, tmp_path / name, "--device", "cpu", "--json", "-q")
+        assert done.exit_code == 3 and len(expected) == 24, done.output
+        assert answers(done) == expected
+        failed = [json.loads(line) for line in done.stdout.splitlines() if '"error"' in line]
+        assert [(line["path"], line["kind"]) for line in failed] == [("cat/broken.jpg", "not-an-image")]
+
+
+def test_command_reads_several_sources_at_once(head_folder: Path, photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "cats.tar", "w") as archive:
+        archive.add(photos / "cat", "cat")
+    with zipfile.ZipFile(tmp_path / "dogs.zip", "w") as zipped:
+        for path in sorted((photos / "dog").iterdir())[:5]:
+            zipped.write(path, f"dog/{path.name}")
+    shutil.copy(photos / "dog" / "1.jpg", tmp_path / "alone.jpg")
+    sources = [tmp_path / "cats.tar", photos / "dog", tmp_path / "dogs.zip", tmp_path / "alone.jpg"]
+    done = run(head_folder, *sources, "--device", "cpu", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    found = answers(done)
+    assert len(found) == 12 + 12 + 5 + 1
+    single = answers(run(head_folder, photos, "--device", "cpu", "--json", "-q"))
+    by_name = {name: [one for id, one in found.items() if id.endswith(name)] for name in ("cat/10.jpg", "alone.jpg")}
+    assert by_name["cat/10.jpg"] == [single["cat/10.jpg"]] and by_name["alone.jpg"] == [single["dog/1.jpg"]]
+    assert sorted(found.values()).count(single["dog/1.jpg"]) == 3  # In the folder, in the archive, and alone.
+    again = run(head_folder, *sources, "--device", "cpu", "--csv", tmp_path / "out.csv")
+    assert again.exit_code == 0 and again.stdout.endswith("out.csv: 30 images, 0 failed\n")
 
 
 def test_command_takes_a_store_and_writes_csv(head_folder: Path, store: Store, tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ def test_leaks_are_counted_and_dropped_on_demand(tmp_path):
         ({"folds": 100}, "cannot be divided into 100 folds"),
         ({"folds": 3, "protocol": "mteb-image"}, "'mteb-image' fits to a few rows and has no folds"),
         ({"folds": 3, "drop_leaks": True}, "drop_leaks goes without them"),
+        ({"folds": 3, "shots": 2}, "shots go with classes and without folds"),
         ({"test_split": "val"}, "name parts of a split file"),
         ({"train_split": "trian"}, "name parts of a split file"),
         ({"target": "colour"}, "no target 'colour'; known: 'class', 'multi-label', 'regression'"),
@@ -410,3 +411,12 @@ def test_a_device_that_is_not_there_is_not_replaced(stores, arguments):
 def test_a_head_of_the_cpu_refuses_another_device(stores, arguments):
     with pytest.raises(EvaluationError, match="fitted on the CPU, not on 'cuda'; a device goes with logistic"):
         probe(*stores, device="cuda", **arguments)
+
+
+def test_a_single_label_is_refused_with_what_to_do(tmp_path):
+    store = Store.open(multi_label_split(tmp_path)[0])
+    split = tmp_path / "single.csv"
+    rows = [f"{id},{'train' if row % 2 else 'test'},{'cat' if row % 3 else ''}" for row, id in enumerate(store.ids)]
+    split.write_text("\n".join(["path,split,label", *rows]) + "\n")
+    with pytest.raises(EvaluationError, match="have the label 'cat' or none, and no other; probe it"):
+        probe(store, split=split, target="multi-label")

@@ -3,16 +3,20 @@ import inspect
 import numpy as np
 import pytest
 from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation import PROTOCOLS, Protocol
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.protocols import find_protocol
 from embedkit.evaluation.targets import Training
 from embedkit.evaluation.tuning import GRIDS, PATIENCE
 from embedkit.heads import C_GRID, WeightedKNN, make_head
+from embedkit.heads.folding import hold_out
 
 CLASSES = np.array(["daisy", "rose", "tulip"])
 
@@ -34,7 +38,7 @@ def fitted(name, rows, seed=0, head=None):
 def test_a_protocol_says_its_recipe_its_source_and_its_deviations(name):
     protocol = PROTOCOLS[name]
     text = inspect.getdoc(type(protocol))
-    assert isinstance(protocol, Protocol) and protocol.version >= 1
+    assert isinstance(protocol, Protocol) and vars(type(protocol))["version"] >= 1  # Its own, beside its definition.
     assert name == "default" or ("Source:" in text and "Deviations:" in text)
     with pytest.raises(AttributeError):
         protocol.k = 3
@@ -47,6 +51,77 @@ def test_unknown_protocols_and_heads_that_do_not_go_with_one_are_refused():
         find_protocol("clip-lbfgs", head="ridge")
     with pytest.raises(EvaluationError, match="no head 'forest'; known: 'logistic'"):
         fitted("default", Training(*blobs()), head="forest")
+
+
+class Duck:
+    """What a library offers that knows scikit-learn's methods, and perhaps its older mark of a kind."""
+
+    def fit(self, X, y):
+        self.classes_ = np.unique(y)
+        return self
+
+    def predict(self, X):
+        return np.full(len(X), self.classes_[0])
+
+    def get_params(self, deep=True):
+        return {}
+
+
+class MarkedDuck(Duck):
+    _estimator_type = "classifier"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        GaussianNB(), Ridge(), make_pipeline(StandardScaler(), GaussianNB()), GridSearchCV(Ridge(), {"alpha": [1]}),
+        MarkedDuck(),
+    ],
+)  # fmt: skip
+def test_classifiers_and_regressors_are_heads(head):
+    assert find_protocol("default", head).head is head
+
+
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        (GaussianNB, "the class GaussianNB"), (KMeans(), "of type KMeans"), (StandardScaler(), "type StandardScaler"),
+        (make_pipeline(StandardScaler()), "of type Pipeline"), (Duck(), "of type Duck"), (3, "of type int"),
+        (len, "of type builtin_function_or_method"), ([], "of type list"),
+    ],
+)  # fmt: skip
+def test_what_is_no_head_is_refused_by_its_type(head, named):
+    with pytest.raises(EvaluationError, match=f"a head is one of logistic, .* got .*{named}"):
+        find_protocol("default", head)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "a", "b", "b"]])
+def test_rows_that_a_head_cannot_be_fitted_to_are_an_error_with_its_name(names):
+    rows = Training(blobs(len(names))[0], np.array(names))
+    message = "the head 'lda' cannot be fitted to 2 rows: .* more than the number of classes.* such as 'ridge'"
+    with pytest.raises(EvaluationError, match=message):
+        fitted("default", rows, head="lda")
+
+
+def test_a_class_of_one_row_makes_lda_say_nothing():
+    x, y = blobs(31)
+    y = np.append(y[:30], "zinnia")
+    head, choice, _ = fitted("default", Training(x, y), head="lda")  # A warning would be an error here.
+    assert len(choice["losses"]) == len(GRIDS["lda"][1]) and "zinnia" in head.classes_
+
+
+def test_a_class_whose_every_row_is_held_out_is_named():
+    x, names = blobs(10)[0], np.array(["many"] * 9 + ["one\n"])
+    took = [seed for seed in range(40) if hold_out(10, 0.1, seed)[9]]
+    assert 0 < len(took) < 20
+    with pytest.raises(
+        EvaluationError, match=r"held out, no row is left to fit to of 'one\\+n' \(1 row\): give .*'default'"
+    ):
+        fitted("dinov2-logreg", Training(x, names), seed=took[0])
+    other = next(seed for seed in range(40) if seed not in took)
+    assert fitted("dinov2-logreg", Training(x, names), seed=other)[1]["held_out_rows"] == 1
+    for name in ("default", "clip-lbfgs"):
+        assert fitted(name, Training(x, names), seed=took[0])[0].classes_.tolist() == ["many", "one\n"]
 
 
 # dino-knn

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from embedkit import EmbeddingSpec, EvaluationError
+from embedkit.cli import main
 from embedkit.evaluation.ranking import rank_layers
 from embedkit.store import Inventory, Run
 from embedkit.store.parts import Rows
@@ -66,9 +68,18 @@ def test_a_ranking_is_a_table_and_json(tmp_path: Path) -> None:
     text = ranking.to_text().splitlines()
     assert text[0].split()[:2] == ["layer", "width"] and len(text) == 6
     assert "*" not in text[1] and "*" in text[3]
+    assert text[5].startswith("The best was chosen on these very test rows, so its number is a little too high")
     values = json.loads(json.dumps(ranking.to_dict()))
     assert [one["name"] for one in values["layers"]] == [one.name for one in ranking.layers]
     assert values["layers"][2]["comparison"]["real"] is True
+    assert values["note"].startswith("the best was chosen on these very test rows")
+
+
+def test_the_command_ranks_too(tmp_path: Path) -> None:
+    command = ["probe", *map(str, worlds(tmp_path)), "--each", "-q"]
+    shown, lines = (CliRunner().invoke(main, [*command, *more]).stdout for more in ([], ["--json"]))
+    assert "chosen on these very test rows" in shown and "chosen on these very test rows" in json.loads(lines)["note"]
+    assert [one["name"] for one in json.loads(lines)["layers"]][2] == "default"
 
 
 def test_stores_without_layers_or_with_others_are_refused(tmp_path: Path) -> None:

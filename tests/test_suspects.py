@@ -87,3 +87,16 @@ def test_the_order_of_rows_with_equal_labels_does_not_change_who_is_suspected(tm
     first = find_suspects(part(tmp_path / "a.h5", x, names), C=0.1, seed=0)
     second = find_suspects(part(tmp_path / "b.h5", x, names), C=0.1, seed=1)
     assert [one.id for one in first.found] == [one.id for one in second.found] == ["0010.jpg"]
+
+
+def test_copies_do_not_choose_the_penalty(tmp_path: Path) -> None:
+    """Labels are noise, and every picture is there twice: a head that remembers the one knows the other."""
+    random = np.random.default_rng(0)
+    x, names = (
+        np.repeat(random.normal(size=(200, 60)), 2, axis=0),
+        np.repeat(random.choice(["a", "b"], 200), 2).tolist(),
+    )
+    contents = [str(row // 2) for row in range(400)]
+    known = find_suspects(part(tmp_path / "known.h5", x, names, contents))
+    unknown = find_suspects(part(tmp_path / "unknown.h5", x, names))
+    assert known.C <= 1e-3 and unknown.C >= 10 * known.C

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ from embedkit.spec import EmbeddingSpec, Preprocessing
 
 if TYPE_CHECKING:
     from embedkit.backbones.backbone import Backbone
+
+_FEW_CHANNELS = 16  # Seen to fail with 2 to 8, and not with 16.
 
 
 def trainable_network(backbone: Backbone, *, drop_path: float = 0.0) -> Network:
@@ -165,7 +168,24 @@ def timm_config(sidecar: Mapping[str, Any]) -> dict[str, Any]:
 
 def _channels_last(network: Network) -> Network:
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and _is_unsafe(module):
+            module.register_forward_pre_hook(partial(_every_nth, module.stride))
+            module.stride = (1, 1)
     return network.eval()
+
+
+def _is_unsafe(convolution: nn.Conv2d) -> bool:
+    """Whether oneDNN 3.12 (PyTorch 2.13) writes its weight's gradient beyond the memory for it.
+
+    RepVGG and MobileOne begin with one. To take every n-th pixel first, with a stride of 1, is the same function.
+    """
+    strided = convolution.kernel_size == (1, 1) and convolution.stride != (1, 1) and not any(convolution.padding)
+    return strided and convolution.in_channels < _FEW_CHANNELS
+
+
+def _every_nth(stride: tuple[int, ...], module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0][:, :, :: stride[0], :: stride[1]],)
 
 
 def _plain(value: Any) -> Any:

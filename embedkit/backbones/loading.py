@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ from embedkit.errors import BackboneError
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_JSON_BYTES = 64 << 20  # A million class names.
 # These would have timm read other files than the one that is named and checked.
-_OF_THE_LOADER = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+_OF_THE_LOADER = (
+    "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_strict",  # Or layers without weights would be random ones.
+)  # fmt: skip
+MAX_SIDE = 1 << 13  # Pixels of a crop that a sidecar may ask for; timm's largest are 1,024.
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 log = logging.getLogger("embedkit")
@@ -167,9 +171,35 @@ def _from_sidecar(path: Path, arch: str | None, kwargs: dict[str, Any], weights:
     defaults = values.get("load_defaults") or {}
     if not isinstance(defaults, dict):
         raise BackboneError(f"{path}: load_defaults must be a JSON object")
+    _check_config(path, config)
     weights = weights or _weights_beside(path, values)
     _check_sha256(weights, values)
     return Source(arch or found, {**saved, **kwargs}, weights, config, defaults, values.get("projected") is True)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless a sidecar's configuration, which may come from a stranger, says numbers where they are read."""
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_size(value: object) -> bool:
+        sides = value if isinstance(value, list) and len(value) == 3 else [0]
+        return all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
+
+    def are_numbers(value: object) -> bool:
+        return isinstance(value, list) and len(value) in (1, 3) and all(map(is_number, value))
+
+    def is_name(value: object) -> bool:
+        return all(isinstance(name, str) for name in (value if isinstance(value, list) else [value]))
+
+    checks: dict[str, Callable[[object], bool]] = {
+        "input_size": is_size, "test_input_size": is_size, "mean": are_numbers, "std": are_numbers,
+        "crop_pct": is_number, "test_crop_pct": is_number, "first_conv": is_name, "classifier": is_name,
+    }  # fmt: skip
+    for name, fits in checks.items():
+        if config.get(name) is not None and not fits(config[name]):
+            raise BackboneError(f"{path}: pretrained_cfg says {name}: {str(config[name])[:80]!r}, which cannot be")
 
 
 def _weights_beside(sidecar: Path, values: Mapping[str, Any]) -> Path:
@@ -254,7 +284,7 @@ def _from_file(source: Source, kwargs: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(
             source.arch.partition(".")[0], pretrained=True, pretrained_cfg=overlay, num_classes=classes, **kwargs
         )
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
         raise BackboneError(f"{source.weights} does not fit {source.arch} {kwargs or ''}: {_excerpt(error)}") from error
     return model
 

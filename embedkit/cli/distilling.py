@@ -11,6 +11,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.finetuning import follows
+from embedkit.cli.learning import learning_options
 from embedkit.cli.options import (
     FILE,
     KEY_VALUE,
@@ -56,38 +57,13 @@ _TARGET_OPTIONS = [
 ]  # fmt: skip
 
 _TRAINING_OPTIONS = [
-    click.option("--epochs", type=int, default=30, show_default=True, help="Passes over the images."),
-    click.option("-b", "--batch-size", type=int, default=64, show_default=True, help="Images a pass."),
-    click.option("--grad-accum-steps", type=int, default=1, show_default=True, help="Batches that make one update."),
-    click.option("--opt", default="adamw", show_default=True, help="A name of timm.optim: sgd, adamw, lamb, ..."),
-    click.option("--momentum", type=float, default=0.9, show_default=True, help="Where the optimiser has it."),
-    click.option("--body-lr", type=float, default=2e-3, show_default=True, help="Learning rate of the last block."),
-    click.option("--head-lr", type=float, default=2e-3, show_default=True, help="Learning rate of the projection."),
-    click.option(
-        "--layer-decay", type=float, default=1.0, show_default=True,
-        help="Each block's rate as a share of that of the block behind it.",
+    *learning_options(
+        epochs=30, batch_size=64, body_lr=2e-3, head_lr=2e-3, head="the projection", layer_decay=1.0, weight_decay=0.02
     ),
-    click.option("--weight-decay", type=float, default=0.02, show_default=True, help="Not of norms and biases."),
-    click.option(
-        "--sched", default="cosine", show_default=True,
-        type=click.Choice(["constant", "cosine", "exponential", "step", "plateau", "one-cycle"]),
-        help="How learning rates move.",
-    ),
-    click.option("--warmup-epochs", type=float, default=1.0, show_default=True, help="While learning rates rise."),
-    click.option("--min-lr", type=float, default=0.0, show_default=True, help="Floor, as a share of each rate."),
-    click.option("--clip-grad", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: any."),
-    click.option("--model-ema", type=float, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
-    click.option("--drop-path", type=float, default=0.0, show_default=True, help="Chance to skip the last branch."),
     click.option(
         "--freeze-norm/--no-freeze-norm", default=False, show_default=True,
         help="Batch normalisation keeps its statistics, for a student that has some.",
     ),
-    click.option(
-        "--amp-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
-        help="Number format of the products while training.",
-    ),
-    click.option("--patience", type=int, default=0, show_default=True, help="Epochs without gain before it stops."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Draws everything that is drawn."),
 ]  # fmt: skip
 
 _AUGMENTATION_OPTIONS = [
@@ -111,9 +87,13 @@ def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) ->
     kinds = {str(option.name): option for option in ctx.command.params if isinstance(option, click.Option)}
     known = kinds.keys() - {"config", "output", "device", "as_json", "quiet", "overwrite", "judge", "judge_split"}
     try:
-        values = read_settings(path, known)
+        values = read_settings(path, known | {"teacher"})
     except FinetuneError as error:
         raise click.UsageError(str(error)) from error
+    if "teacher" in values:  # The option's own name, beside that of its list.
+        if "teachers" in values:
+            raise click.UsageError(f"{path}: teacher and teachers are one setting; keep one")
+        values["teachers"] = values.pop("teacher")
     several = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
     ctx.default_map = {name: several[name] if kinds[name].multiple else value for name, value in values.items()}
 
@@ -128,7 +108,7 @@ def _options(command: Command) -> Command:
 @click.argument("images", nargs=-1, metavar="IMAGES...")
 @click.option(
     "--config", type=FILE, metavar="YAML", is_eager=True, expose_value=False, callback=_configure,
-    help="Settings by the names of these options, such as configs/nano.yaml; options replace them.",
+    help="Settings by the names of these options; what is given here replaces them.",
 )  # fmt: skip
 @click.option(
     "--teacher", "teachers", multiple=True, required=True, metavar="MODEL",

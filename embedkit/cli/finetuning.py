@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from embedkit.cli import printing
+from embedkit.cli.learning import learning_options
 from embedkit.cli.options import (
     FILE,
     Command,
@@ -56,47 +57,22 @@ _HEAD_OPTIONS = [
         "--lora", type=int, default=0, show_default=True, metavar="RANK",
         help="Train low-rank adapters in place of the weights; needs embedkit[lora].",
     ),
-    click.option("--drop-path", type=float, default=0.0, show_default=True, help="Chance to skip the last branch."),
 ]  # fmt: skip
 
 _TRAINING_OPTIONS = [
-    click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training images."),
-    click.option("-b", "--batch-size", type=int, default=32, show_default=True, help="Images a pass, of each process."),
-    click.option("--grad-accum-steps", type=int, default=1, show_default=True, help="Batches that make one update."),
-    click.option("--opt", default="adamw", show_default=True, help="A name of timm.optim: sgd, adamw, rmsprop, ..."),
-    click.option("--momentum", type=float, default=0.9, show_default=True, help="Where the optimiser has it."),
-    click.option("--body-lr", type=float, default=3e-4, show_default=True, help="Learning rate of the last block."),
-    click.option("--head-lr", type=float, default=1e-3, show_default=True, help="Learning rate of the head."),
-    click.option(
-        "--layer-decay", type=float, default=0.75, show_default=True,
-        help="Each block's rate as a share of that of the block behind it.",
+    *learning_options(
+        epochs=10, batch_size=32, body_lr=3e-4, head_lr=1e-3, head="the head", layer_decay=0.75, weight_decay=0.05
     ),
-    click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Not of norms and biases."),
-    click.option(
-        "--sched", default="cosine", show_default=True,
-        type=click.Choice(["constant", "cosine", "exponential", "step", "plateau", "one-cycle"]),
-        help="How learning rates move.",
-    ),
-    click.option("--warmup-epochs", type=float, default=1.0, show_default=True, help="While learning rates rise."),
     click.option("--decay-rate", type=float, default=0.1, show_default=True, help="Of exponential, step and plateau."),
     click.option("--decay-epochs", type=int, default=3, show_default=True, help="Of step; the patience of plateau."),
-    click.option("--min-lr", type=float, default=0.0, show_default=True, help="Floor, as a share of each rate."),
-    click.option("--clip-grad", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: any."),
     click.option("--smoothing", type=float, default=0.0, show_default=True, help="Of labels."),
     click.option(
         "--loss", type=click.Choice(["cross-entropy", "supcon", "arcface", "triplet"]), default="cross-entropy",
         show_default=True, help="The others are for retrieval, and need embedkit[metric].",
     ),
     click.option("--balance", is_flag=True, help="Show every class equally often."),
-    click.option("--model-ema", type=float, default=0.0, show_default=True, help="Decay of averaged weights; 0: none."),
-    click.option(
-        "--amp-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
-        help="Number format of the products while training.",
-    ),
     click.option("--grad-checkpointing", is_flag=True, help="Less memory, for a third more time."),
-    click.option("--patience", type=int, default=0, show_default=True, help="Epochs without gain before it stops."),
     click.option("--eval-metric", "metric", default="top1", show_default=True, help="What chooses the best epoch."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Draws everything that is drawn."),
 ]  # fmt: skip
 
 _AUGMENTATION_OPTIONS = [
@@ -221,6 +197,8 @@ def finetune(
     splits = {name: choices.pop(name) for name in ("split", "train_split", "val_split", "test_split")}
     others = {name: choices.pop(name) for name in ("reextract", "tensorboard", "wandb", "wandb_offline", "overwrite")}
     selection = source_arguments(choices)
+    if others["wandb_offline"] and others["wandb"] is None:
+        raise click.UsageError("--wandb-offline keeps what --wandb PROJECT would send; name the project")
     if splits["split"] is None and len(images) == 1 and not any(selection.values()):
         splits["split"] = own_split(images[0])
     if splits["split"] is None and (splits["val_split"] or splits["test_split"] or splits["train_split"] != "train"):
@@ -292,9 +270,9 @@ def _print_blocks(division: Division, backbone: Backbone, recipe: Recipe, as_jso
     """Print what learns and what does not, block by block."""
     from embedkit.evaluation.columns import align_columns
     from embedkit.finetuning.blocks import list_states
-    from embedkit.finetuning.trainee import make_trainee
+    from embedkit.finetuning.stages import make_ready
 
-    states = list_states(make_trainee(backbone, len(division.classes), recipe), recipe)
+    states = list_states(make_ready(backbone, recipe, len(division.classes))[0], recipe)
     frozen, trainable = sum(state.frozen for state in states), sum(state.trainable for state in states)
     if as_json:
         for state in states:

@@ -97,7 +97,8 @@ def probe(
         printing.notice(line, quiet)
 
     if suspects:
-        _only_with(ctx, "--suspects", {"split", "train_split", "layer", "folds", "seed"})
+        names = {"split", "train_split"} if options["split"] is not None else set()
+        _only_with(ctx, "--suspects", {"layer", "folds", "seed", *names})
         _print_suspects(Store.open(train, layer=layer), options, as_json, progress)
     elif each:
         _only_with(ctx, "--each", set(options) | {"test"})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embedkit.diagnosis.findings import OK, WARN, Finding
+from embedkit.machine import processor_facts
 
 _VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "asimd": "NEON"}
 _BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "bf16": "ARM"}
@@ -15,7 +16,8 @@ _BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "bf16": "ARM"}
 
 def processor() -> Iterator[Finding]:
     """Find what the processor can do, and what that means for the ways to run a network."""
-    flags, name = _flags()
+    facts = processor_facts()
+    flags, name = frozenset(facts.get("flags", facts.get("Features", "")).split()), facts.get("model name", "")
     vectors = [text for flag, text in _VECTORS.items() if flag in flags]
     bf16 = [text for flag, text in _BF16.items() if flag in flags]
     parts = [name or platform.processor() or platform.machine()]
@@ -29,16 +31,6 @@ def processor() -> Iterator[Finding]:
     if limit:
         text = f"ATEN_CPU_CAPABILITY={limit} keeps torch from using what the processor has"
         yield Finding("processor limit", WARN, text, "unset ATEN_CPU_CAPABILITY")
-
-
-def _flags() -> tuple[frozenset[str], str]:
-    """Return what Linux says that the processor has, and its name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset(), ""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return frozenset(facts.get("flags", facts.get("Features", "")).split()), facts.get("model name", "")
 
 
 def threads() -> Iterator[Finding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 from embedkit.backbones import usable_processors
@@ -25,6 +24,7 @@ from embedkit.evaluation.standings import (
 )
 from embedkit.evaluation.suites import Suite, file_name
 from embedkit.store import Store
+from embedkit.store.locking import now
 from embedkit.text import counted
 
 PICTURES = 360
@@ -108,8 +108,7 @@ def write_reports(suite: Suite, cells: Sequence[Cell], folder: Path, *, command:
         How long the run took, for the page.
     """
     standings = rank_cells(suite, cells)
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    run = Circumstances(command, machine_name(), finished, seconds, versions())
+    run = Circumstances(command, machine_name(), now(), seconds, versions())
     for file, written in (
         ("table.md", markdown_table(suite, standings)),
         ("table.csv", csv_table(standings)),
@@ -180,7 +179,7 @@ def page_style() -> str:
 def _standing(standing: Standing) -> str:
     header = ["backbone"]
     for protocol in standing.protocols:
-        metrics = sorted({place.metric for place in standing.column(protocol)})
+        metrics = sorted({place.label for place in standing.column(protocol)})
         header.append(f"{name(protocol)}<small>{text(' '.join(metrics))}</small>")
     rows = []
     for backbone, places in standing.rows:
@@ -236,7 +235,7 @@ def _charts(standing: Standing, colours: Mapping[str, int]) -> str:
                 if (value := cost(place.cell)) is not None and value > 0
             ]  # fmt: skip
             if points:
-                metric = places[0].metric
+                metric = places[0].label
                 chart = scatter_chart(points, label, metric, (-1.0 if metric == "r2" else 0.0, 1.0))
                 caption = f"{name(protocol)}: {text(metric)} against {label}"
                 figures.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")

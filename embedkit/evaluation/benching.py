@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 import os
 import platform
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,16 @@ from embedkit.backbones import Backbone
 from embedkit.backbones.network import count_parameters
 from embedkit.errors import EmbedkitError, EvaluationError, SpecMismatchError, StoreExistsError, StoreFormatError
 from embedkit.evaluation.cells import Cell, read_cell, write_cell
+from embedkit.evaluation.leftovers import folder_aside, remove_leftovers
 from embedkit.evaluation.probing import probe
-from embedkit.evaluation.protocols import PROTOCOLS
+from embedkit.evaluation.protocols import PROTOCOLS, find_protocol
 from embedkit.evaluation.speeds import Speed, find_speed, speed_of_run
+from embedkit.evaluation.splits import split_sha256
 from embedkit.evaluation.suites import Plan, Suite, SuiteBackbone, SuiteData, file_name
 from embedkit.extraction import Progress, extract
 from embedkit.store import Store
-from embedkit.text import counted
+from embedkit.store.locking import now
+from embedkit.text import counted, say_nothing
 
 log = logging.getLogger("embedkit")
 
@@ -68,7 +68,8 @@ def run_suite(
         Measure only the cells with this in their names, or with names like this pattern with ``*`` and ``?``. Others
         are returned where an earlier run has left them, and are not compared with their inputs.
     device : str, default "auto"
-        As for `embedkit.Backbone.load`.
+        As for `embedkit.Backbone.load`. With "cuda" or "cuda:N", heads that can be are fitted there too, unless their
+        protocol in the suite names another device; with others, "auto" among them, they are fitted on the CPU.
     workers : int, optional
         As for `embedkit.extract`.
     extracting : callable, optional
@@ -92,7 +93,7 @@ def run_suite(
     ('top1', 0.9252, (0.9061, 0.9442))
     """
     chosen = {plan.name for plan in chosen_plans(suite, only)}
-    bench = _Bench(Path(folder), progress or _silent, device, workers, extracting)
+    bench = _Bench(Path(folder), progress or say_nothing, device, workers, extracting)
     found: dict[str, Cell] = {}
     for backbone in suite.backbones:
         plans = [plan for plan in suite.plans if plan.backbone is backbone and plan.name in chosen]
@@ -135,10 +136,6 @@ def state_of(folder: str | os.PathLike[str], plan: Plan) -> str:
     return "done" if _answers(cell, plan) else "stale"
 
 
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""
-
-
 def _kept(folder: Path, plan: Plan) -> Cell | None:
     """Return what an earlier run has left of a cell, as far as that can be told without its inputs."""
     try:
@@ -173,6 +170,14 @@ def _asked(plan: Plan) -> dict[str, Any]:
     }
 
 
+def head_device(plan: Plan, device: str) -> str:
+    """Return where the head of a cell is fitted: on a GPU that was named, if it can be, and on the CPU otherwise."""
+    given = plan.protocol.parameters
+    recipe = find_protocol(plan.protocol.protocol, given.get("head"))
+    on_gpu = device.startswith("cuda") and recipe.runs_on_devices(given.get("target", "class"))
+    return device if on_gpu else "cpu"
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """The stores of one backbone and data set, and how fast the backbone was on it."""
@@ -203,8 +208,9 @@ class _Bench:
 
     def measure(self, part: SuiteBackbone, plans: list[Plan]) -> list[Cell]:
         """Return the cells of one backbone, which is loaded once."""
-        for folder in (self.cells, self.stores):
+        for folder in (self.cells, self.stores, self.folder):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
         self.say(f"{part.name}: loading")
         try:
             backbone = Backbone.load(part.model, device=self.device, **part.options)
@@ -228,13 +234,13 @@ class _Bench:
         test = None if data.test is None else self.store(data.test, f"{name}--test", backbone)[0]
         path = self.stores / f"{name}.speed.json"
         speed = find_speed(path, timed, data.train, train, backbone, self.workers)
-        return _Inputs(train, test, None if data.split is None else _sha256(data.split), speed)
+        return _Inputs(train, test, None if data.split is None else split_sha256(data.split), speed)
 
     def store(self, images: str, name: str, backbone: Backbone) -> tuple[Store, Speed | None]:
         """Return a store of these images by this backbone, and what its extraction measured."""
         path = self.stores / f"{name}.h5"
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=self.stores) as place:
-            report = Path(place, "report.json")
+        with folder_aside(self.stores) as place:
+            report = place / "report.json"
 
             def progress(now: Progress) -> None:
                 if self.extracting is not None:
@@ -280,14 +286,17 @@ class _Bench:
         self.say(f"{plan.name}: measuring")
         started = time.perf_counter()
         try:
+            # Folds score the training part, whatever else the split file has.
+            test_split = None if plan.protocol.parameters.get("folds") else plan.data.test_split
+            parameters = {"device": head_device(plan, self.device), **plan.protocol.parameters}
             report = probe(
                 inputs.train, inputs.test, split=plan.data.split, protocol=plan.protocol.protocol,
-                train_split=plan.data.train_split, test_split=plan.data.test_split,
-                progress=self.now_and_then(plan.name), **plan.protocol.parameters,
+                train_split=plan.data.train_split, test_split=test_split,
+                progress=self.now_and_then(plan.name), **parameters,
             )  # fmt: skip
         except Exception as error:
             return self.failed(plan, error)
-        facts |= {"seconds": round(time.perf_counter() - started, 3), "finished": _now(), "versions": versions()}
+        facts |= {"seconds": round(time.perf_counter() - started, 3), "finished": now(), "versions": versions()}
         cell = Cell(plan.name, plan.backbone.name, plan.data.name, plan.protocol.name, key, report, "", facts)
         write_cell(self.cells, cell)
         name, value, _ = report.headline
@@ -325,7 +334,7 @@ class _Bench:
 
     def failed(self, plan: Plan, error: Exception) -> Cell:
         """Record a cell that cannot be measured; what an earlier run measured stays, for it may be true again."""
-        text, facts = str(error), {"finished": _now(), "versions": versions()}
+        text, facts = str(error), {"finished": now(), "versions": versions()}
         if not isinstance(error, EmbedkitError | OSError):  # A bug of ours or of a library keeps its traceback.
             text = f"{type(error).__name__}: {text}"
             facts["traceback"] = "".join(traceback.format_exception(error))
@@ -334,17 +343,6 @@ class _Bench:
         if _kept(self.cells, plan) is None:
             write_cell(self.cells, cell)
         return cell
-
-
-def _sha256(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise EvaluationError(f"the split file {path} cannot be read: {error.strerror or error}") from error
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

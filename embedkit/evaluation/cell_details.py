@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Iterator
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.errors import EmbedkitError
 from embedkit.evaluation.charts import reliability_chart
 from embedkit.evaluation.metrics import calibration_error
 from embedkit.evaluation.reports import Report
-from embedkit.images import Region, read_image, thumbnail
+from embedkit.index.page import picture_tag
 from embedkit.index.pictures import read_picture
 from embedkit.store import Store
 from embedkit.text import counted, printable
@@ -51,19 +49,8 @@ class Pictures:
             return '<div class="missing">its store is not there any more</div>'
         key = (str(store.root), id)
         if key not in self._known:
-            self._known[key] = _picture(store, id)
+            self._known[key] = picture_tag(lambda: read_picture(store, id), PIXELS)
         return self._known[key]
-
-
-def _picture(store: Store, id: str) -> str:
-    try:
-        data = read_picture(store, id)
-        whole, box = data if isinstance(data, Region) else (data, None)
-        image = read_image(whole)
-        jpeg = thumbnail(image if box is None else image.crop(box), PIXELS)
-    except (EmbedkitError, OSError) as error:
-        return f'<div class="missing">{text(getattr(error, "reason", "") or str(error))}</div>'
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
 
 
 def cell_details(report: Report, store: Store | None, pictures: Pictures) -> str:

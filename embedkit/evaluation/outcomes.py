@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import assign_folds
 from embedkit.evaluation.intervals import bootstrap_interval, t_interval
 from embedkit.evaluation.protocols import Protocol
 from embedkit.evaluation.scoring import Predictions, predict_rows, score_rows
 from embedkit.evaluation.shots import draw_shots
-from embedkit.evaluation.targets import Training, Truth
+from embedkit.evaluation.targets import Training, Truth, require_classes
+from embedkit.heads.folding import assign_folds
+from embedkit.text import say_nothing
 
 Progress = Callable[[str], None]
 
@@ -100,10 +101,8 @@ def measure_folds(job: Job, folds: int) -> Outcome:
     for fold in range(folds):
         inside = of_rows == fold
         others = rows.take(~inside)
-        if strata is not None and len(np.unique(others.y)) < 2:
-            raise EvaluationError(
-                f"without fold {fold + 1} of {folds}, fewer than two classes are left; take more folds"
-            )
+        if strata is not None:
+            require_classes(rows.y, ~inside, f"without fold {fold + 1} of {folds}", "leave such classes out")
         job.progress(f"fold {fold + 1} of {folds}: {int((~inside).sum())} rows to fit to, {int(inside.sum())} to score")
         estimator, choice = job.fit(others, seed=job.seed, progress=job.progress)
         blocks.append(predict_rows(estimator, rows.x[inside], job.truth.take(inside), job.labels))
@@ -127,7 +126,7 @@ def measure_shots(job: Job, queries: npt.NDArray[Any], shots: Sequence[int], see
         runs, drawn = [], np.zeros(0, dtype=np.int64)
         for run in range(seeds):
             drawn = draw_shots(job.rows.y, count, job.seed + run)
-            fitted = job.fit(job.rows.take(drawn), seed=job.seed + run, progress=_silent)
+            fitted = job.fit(job.rows.take(drawn), seed=job.seed + run, progress=say_nothing)
             runs.append(predict_rows(fitted[0], queries, job.truth, job.labels))
             first = fitted if run == 0 else first
         values = [float(one["correct"].mean()) for one in runs]
@@ -150,7 +149,3 @@ def _interval_of_runs(values: list[float], runs: list[Predictions], seed: int) -
         return bootstrap_interval(runs[0]["correct"], seed=seed)
     low, high = t_interval(values)
     return [max(0.0, low), min(1.0, high)]
-
-
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.backbones import Backbone, in_batches
-from embedkit.errors import EvaluationError, ImageError, SpecMismatchError
-from embedkit.evaluation.scoring import label_columns
+from embedkit.errors import EmbedkitError, EvaluationError, ImageError, SpecMismatchError
+from embedkit.evaluation.scoring import class_scores
 from embedkit.extraction import Embedded, embed_batches, listed
 from embedkit.heads import load_head
 from embedkit.images.formats import PAD_ADVICE
@@ -237,7 +237,7 @@ def predict(
         raise ValueError(f"top must be at least 1, got {top}")
     opened: Head = load_head(head) if isinstance(head, str | os.PathLike) else head
     score, classes, scores = _scoring(opened)
-    columns = scores(np.zeros((1, opened.spec.dim), dtype=np.float32)).shape[1]
+    columns = _tried(scores, opened).shape[1]
     top = min(top, columns) if classes else columns
     if isinstance(images, Store) or (isinstance(images, str | os.PathLike) and os.fspath(images).endswith(".h5")):
         store = _agreeing(images if isinstance(images, Store) else Store.open(images), opened.spec)
@@ -309,6 +309,16 @@ def _agreeing(store: Store, spec: EmbeddingSpec) -> Store:
     return store
 
 
+def _tried(scores: Callable[[npt.NDArray[np.float32]], Scores], head: Head) -> Scores:
+    """Return the scores of one row of zeros, or say that a head gives none, before anything is embedded."""
+    try:
+        return scores(np.zeros((1, head.spec.dim), dtype=np.float32))
+    except EmbedkitError:
+        raise
+    except Exception as error:  # A stranger's head of sound shapes may have a parameter that makes no sense.
+        raise EvaluationError(f"the head cannot be used, {type(error).__name__}: {error}") from error
+
+
 def _scoring(head: Head) -> tuple[str, list[str], Callable[[npt.NDArray[np.float32]], Scores]]:
     """Return what a head's scores are, the names of their columns, and a function that computes them."""
     estimator = head.estimator
@@ -322,7 +332,7 @@ def _scoring(head: Head) -> tuple[str, list[str], Callable[[npt.NDArray[np.float
     classes = _class_names(head)
     for method, score in (("predict_proba", "probability"), ("decision_function", "score")):
         if hasattr(estimator, method):
-            return score, classes, partial(_columns, estimator, method, len(classes))
+            return score, classes, partial(_columns, estimator, len(classes))
     raise EvaluationError(
         f"the head is a {type(estimator).__name__}, which gives neither probabilities nor scores; fit another one"
     )
@@ -339,15 +349,9 @@ def _class_names(head: Head) -> list[str]:
     return [str(name) for name in codes.tolist()]
 
 
-def _columns(estimator: Any, method: str, c: int, x: npt.NDArray[np.float32]) -> Scores:
+def _columns(estimator: Any, c: int, x: npt.NDArray[np.float32]) -> Scores:
     """Return scores as one column for each class, whatever an estimator calls them."""
-    found = getattr(estimator, method)(x)
-    if isinstance(found, list):
-        found = label_columns(found, estimator.classes_)
-    scores = np.asarray(found, dtype=np.float64)
-    if scores.ndim == 1 and c == 2:  # The decision between two classes is one number, positive for the second.
-        scores = np.stack([-scores, scores], axis=1)
-    scores = scores.reshape(len(x), -1)
+    scores = np.asarray(class_scores(estimator, x)[0], dtype=np.float64).reshape(len(x), -1)
     if scores.shape[1] != c:
         raise EvaluationError(f"the head gives {scores.shape[1]} scores for {c} classes; it is damaged")
     return scores

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +19,12 @@ from embedkit.evaluation.leaks import THRESHOLD, Leaks, find_leaks
 from embedkit.evaluation.outcomes import Job, Outcome, measure_folds, measure_once, measure_shots
 from embedkit.evaluation.protocols import Protocol, find_protocol
 from embedkit.evaluation.reports import Report
-from embedkit.evaluation.splits import TASKS, Part, Split, split_store, training_part, whole_store
+from embedkit.evaluation.splits import TASKS, Part, Split, split_sha256, split_store, training_part, whole_store
 from embedkit.evaluation.streaming import StoredRows, is_streamed
 from embedkit.evaluation.suspects import small_classes
 from embedkit.evaluation.targets import Training, find_truth, fitted_labels, training_targets
 from embedkit.store import Store
-from embedkit.text import counted, printable
+from embedkit.text import counted, printable, say_nothing
 
 # Of few-shot runs where nobody said how many; one draw of a few rows tells little.
 FEW_SHOT_SEEDS = 5
@@ -141,7 +139,9 @@ def probe(
         raise EvaluationError("folds have no test part whose pictures could be left out; drop_leaks goes without them")
     if split is None and (train_split, test_split) != ("train", None):
         raise EvaluationError("train_split and test_split name parts of a split file; pass it as split, or drop them")
-    say = progress or _silent
+    if folds and test_split is not None:
+        raise EvaluationError("folds score every row of train_split and no other part; drop test_split, or the folds")
+    say = progress or say_nothing
     trained, tested, left_out = _parts(train, test, split, (train_split, test_split), options)
     log_differences(trained.store.spec, trained.store.recipe)
     leaks = None if folds else _leaks_of(trained, tested, say)
@@ -258,10 +258,6 @@ def _opened(store: StoreLike) -> Store:
     return store if isinstance(store, Store) else Store.open(store)
 
 
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""
-
-
 def _inputs(train: Part, test: Part, left_out: dict[str, Any], split: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Return the facts about what is measured, after refusing a training part of one class."""
     trained, tested = train.summary(), test.summary()
@@ -278,7 +274,7 @@ def _inputs(train: Part, test: Part, left_out: dict[str, Any], split: str | os.P
         "train": trained,
         "test": tested,
         "split": None if split is None else os.fsdecode(split),
-        "split_sha256": None if split is None else hashlib.sha256(Path(os.fsdecode(split)).read_bytes()).hexdigest(),
+        "split_sha256": None if split is None else split_sha256(split),
         "left_out": left_out,
         "unseen_classes": {name: rows for name, rows in tested["rows_per_class"].items() if name not in known},
         "software": {"embedkit": __version__, **{name: version(name) for name in ("numpy", "scikit-learn")}},

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import hold_out
+from embedkit.evaluation.scoring import Jury
 from embedkit.evaluation.streaming import StoredRows, search_streamed
-from embedkit.evaluation.targets import Training
+from embedkit.evaluation.targets import Training, require_classes
 from embedkit.evaluation.tuning import fit_tuned, fresh
 from embedkit.heads import (
     C_GRID,
@@ -29,6 +29,7 @@ from embedkit.heads import (
     sweep_logistic,
 )
 from embedkit.heads.choosing import is_predictor
+from embedkit.heads.folding import hold_out
 from embedkit.heads.neighbours import KnownNeighbours
 from embedkit.heads.plain import plain_logistic
 
@@ -36,33 +37,16 @@ Progress = Callable[[str], None]
 Fitted = tuple[Any, dict[str, Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Jury:
-    """What is asked about test rows.
-
-    Parameters
-    ----------
-    main : estimator
-        The protocol's head.
-    beside : dict of str to estimator
-        Others, by name.
-    questions : array
-        What the main head is asked: embeddings of shape (q, d), or numbers of queries that were searched for before.
-    others : array
-        What those beside it are asked.
-    """
-
-    main: Any
-    beside: dict[str, Any]
-    questions: npt.NDArray[Any]
-    others: npt.NDArray[Any]
-
-
 @dataclass(frozen=True)
 class Protocol:
-    """What every protocol has: the number of seeds and shots, and a version that changes when its numbers may."""
+    """What every protocol has: the number of seeds and shots, and a version.
 
-    version: ClassVar[int] = 1
+    The version stands beside each definition. It goes up by one with every change of the protocol, its heads or their
+    solvers after which the same rows may give another number, and with no other: suites use a cell of an earlier run
+    again only where it is the same.
+    """
+
+    version: ClassVar[int]
     tasks: ClassVar[tuple[str, ...]] = ("class",)
     shots: ClassVar[tuple[int, ...]] = ()  # Of a protocol that is few-shot by itself.
     seeds: ClassVar[int] = 1
@@ -134,6 +118,7 @@ class Default(Protocol):
         What takes the place of logistic regression.
     """
 
+    version: ClassVar[int] = 1
     tasks: ClassVar[tuple[str, ...]] = ("class", "multi-label", "regression")
 
     C_grid: tuple[float, ...] = C_GRID
@@ -212,6 +197,8 @@ class DinoKNN(Protocol):
         All that are reported.
     """
 
+    version: ClassVar[int] = 1
+
     k: int = 20
     temperature: float = 0.07
     ks: tuple[int, ...] = (10, 20, 100, 200)
@@ -261,6 +248,8 @@ class Dinov2LogReg(Protocol):
         Limit on the iterations of each fit.
     """
 
+    version: ClassVar[int] = 1
+
     decades: tuple[float, float] = (-6.0, 5.0)
     values: int = 45
     fraction: float = 0.1
@@ -270,6 +259,9 @@ class Dinov2LogReg(Protocol):
         """Choose C and fit, see `Protocol.fit`."""
         grid = tuple(float(C) for C in 10 ** np.linspace(*self.decades, self.values))
         held = hold_out(len(rows.x), self.fraction, seed, groups=rows.groups)
+        # Drawn from all rows, whatever their class.
+        advice = "take the protocol 'default', which holds out a share of each class"
+        require_classes(rows.y, ~held, "beside the tenth of the rows that is held out", advice)
         estimator, choice = fit_logistic(
             rows.x, rows.y, held_out=held, C_grid=grid, criterion="accuracy", standardise=False,
             max_iter=self.max_iter, device=device, progress=progress,
@@ -309,6 +301,8 @@ class ClipLBFGS(Protocol):
     max_iter : int
         Limit on the iterations of each fit.
     """
+
+    version: ClassVar[int] = 1
 
     strengths: tuple[float, ...] = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
     halvings: int = 4
@@ -366,6 +360,7 @@ class BigVisionFewShot(Protocol):
         The constant column.
     """
 
+    version: ClassVar[int] = 1
     shots: ClassVar[tuple[int, ...]] = (1, 5, 10, 25)
     seeds: ClassVar[int] = 3
 
@@ -399,6 +394,7 @@ class MtebImage(Protocol):
         Limit on the iterations.
     """
 
+    version: ClassVar[int] = 1
     shots: ClassVar[tuple[int, ...]] = (16,)
     seeds: ClassVar[int] = 5
 

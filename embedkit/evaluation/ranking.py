@@ -15,6 +15,8 @@ from embedkit.evaluation.reports import Report
 from embedkit.store import Store
 from embedkit.text import printable
 
+CHOSEN = "chosen on these very test rows, so its number is a little too high: choose on one part, and report another"
+
 
 @dataclass(frozen=True, eq=False)
 class RankedLayer:
@@ -59,8 +61,9 @@ class Ranking:
         return self.layers[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ranking as JSON values, with each layer's metrics."""
+        """Return the ranking as JSON values, with each layer's metrics and how the best is to be read."""
         return {
+            "note": f"the best was {CHOSEN}",
             "layers": [
                 {
                     "name": one.name,
@@ -70,7 +73,7 @@ class Ranking:
                     "comparison": None if one.comparison is None else asdict(one.comparison),
                 }
                 for one in self.layers
-            ]
+            ],
         }
 
     def to_text(self) -> str:
@@ -88,8 +91,8 @@ class Ranking:
         return "\n".join(
             [
                 *align_columns(rows, "<>><<>"),
-                "* behind the best by more than chance, all layers taken together. The best was chosen on these test",
-                "  rows, so its number is a little too high: choose on one part, and report another.",
+                "* behind the best by more than chance, all layers taken together.",
+                f"The best was {CHOSEN}.",
             ]
         )
 

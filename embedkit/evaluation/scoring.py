@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,29 @@ CONFUSION_CLASSES = 2000
 TOP_CLASSES = 5
 RESAMPLES = 1000  # Of a metric that every resample computes anew.
 BLOCK_ROWS = 8192
+BLOCK_SCORES = 1 << 24  # Of a block of rows with many classes, so that memory does not grow with their number.
+
+
+@dataclass(frozen=True, eq=False)
+class Jury:
+    """What is asked about test rows.
+
+    Parameters
+    ----------
+    main : estimator
+        The protocol's head.
+    beside : dict of str to estimator
+        Others, by name.
+    questions : array
+        What the main head is asked: embeddings of shape (q, d), or numbers of queries that were searched for before.
+    others : array
+        What those beside it are asked.
+    """
+
+    main: Any
+    beside: dict[str, Any]
+    questions: npt.NDArray[Any]
+    others: npt.NDArray[Any]
 
 
 def predict_rows(estimator: Any, x: npt.NDArray[Any], truth: Truth, labels: list[str]) -> Predictions:
@@ -50,9 +74,10 @@ def predict_rows(estimator: Any, x: npt.NDArray[Any], truth: Truth, labels: list
         "true" and "predicted"; of classes also "correct" and, where the head gives them, "confidence" and "rank", the
         number of classes that score higher than the true one; with several labels "scores".
     """
+    size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, len(truth.classes))))
     blocks = [
-        _predict_block(estimator, x[start : start + BLOCK_ROWS], truth.take(slice(start, start + BLOCK_ROWS)), labels)
-        for start in range(0, len(x), BLOCK_ROWS)
+        _predict_block(estimator, x[start : start + size], truth.take(slice(start, start + size)), labels)
+        for start in range(0, len(x), size)
     ]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 

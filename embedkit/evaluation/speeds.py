@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from embedkit.backbones import Backbone, usable_processors
 from embedkit.evaluation.cells import write_whole
+from embedkit.evaluation.leftovers import folder_aside
 from embedkit.extraction import extract
+from embedkit.machine import processor_facts
 from embedkit.sources import list_images
 from embedkit.store import Store
+from embedkit.store.locking import now
 
 SAMPLE = 256
 _FEWEST = 64  # A shorter extraction says little of a long one.
@@ -71,12 +72,7 @@ class Speed:
 
 def machine_name() -> str:
     """Return the processor, how many of them this process may use, and the system."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
-    name = next(names, platform.processor() or platform.machine())
+    name = processor_facts().get("model name") or platform.processor() or platform.machine()
     return f"{name}, {usable_processors()} usable of {os.cpu_count()}, {platform.system()}"
 
 
@@ -89,7 +85,7 @@ def speed_of_run(report: Mapping[str, Any], what: str, digest: str) -> Speed | N
         images_per_second=round(computed / max(measured["seconds"], 1e-9), 3), images=computed,
         seconds=round(measured["seconds"], 3), what=what, engine=report["engine"], device=report["device"],
         workers=report["workers"], batch_size=report["batch_size"], machine=machine_name(), digest=digest,
-        measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        measured=now(),
         load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     )  # fmt: skip
 
@@ -126,7 +122,7 @@ def _read_speed(path: Path, backbone: Backbone) -> Speed | None:
     """Return what an earlier run measured, if it did so with this backbone, on this machine and device."""
     try:
         speed = Speed(**json.loads(path.read_bytes()[: 1 << 20]))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     here = (backbone.spec.digest, machine_name(), str(backbone.device))
     numbers = (speed.images_per_second, speed.seconds, speed.images)
@@ -137,8 +133,8 @@ def _read_speed(path: Path, backbone: Backbone) -> Speed | None:
 def _time_sample(images: str, store: Store, backbone: Backbone, workers: int | None, folder: Path) -> Speed | None:
     """Extract a random sample with the engine that made the store, and return how fast that was."""
     listing = list_images(images, sample=SAMPLE)
-    with tempfile.TemporaryDirectory(prefix=".timed-", dir=folder) as place:
-        report = Path(place, "report.json")
+    with folder_aside(folder) as place:
+        report = place / "report.json"
         engine = str(store.information.get("engine", "auto"))
-        extract(listing, Path(place, "sample.h5"), backbone, engine=engine, workers=workers, report=report)
+        extract(listing, place / "sample.h5", backbone, engine=engine, workers=workers, report=report)
         return speed_of_run(json.loads(report.read_bytes()), "sample", backbone.spec.digest)

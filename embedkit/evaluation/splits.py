@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 from collections import Counter
@@ -222,6 +223,14 @@ class Split:
                 f"{self.path}: train and test are both the split {train!r}; name another; {self._found()}"
             )
         return test
+
+
+def split_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a split file's bytes; raise EvaluationError when it cannot be read."""
+    try:
+        return hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).hexdigest()
+    except OSError as error:
+        raise EvaluationError(f"the split file {path} cannot be read: {error.strerror or error}") from error
 
 
 def _number(text: str, where: str) -> Any:

@@ -17,7 +17,8 @@ from embedkit.text import printable
 LEVEL = 0.05
 LEGEND = (
     "[95 % interval]; * the best; = the test rows prove no difference to the best (paired test on the same rows, "
-    "Holm's correction within a column, level 0.05)"
+    "Holm's correction within a column, level 0.05). The best was chosen on these very test rows, so its number is a "
+    "little too high: choose on one part, and report another"
 )
 _SIGNS = {"best": " *", "even": " =", "behind": "", "unknown": " ?"}
 
@@ -48,6 +49,17 @@ class Place:
     interval: tuple[float, float] = (float("nan"), float("nan"))
     mark: str = ""
     p_value: float | None = None
+
+    @property
+    def shots(self) -> int | None:
+        """Of how many training rows of each class the headline is; None where it is of all of them."""
+        shots = {} if self.cell.report is None else self.cell.report.metrics.get("shots", {})
+        return int(list(shots)[-1]) if shots else None
+
+    @property
+    def label(self) -> str:
+        """Name of the headline, with the shots of a few-shot one."""
+        return self.metric if self.shots is None else f"{self.shots}-shot {self.metric}"
 
     @property
     def text(self) -> str:
@@ -152,7 +164,7 @@ def text_table(standings: Sequence[Standing]) -> str:
     for standing in standings:
         lines = [_header(standing, short_name), *_rows(standing, short_name)]
         parts.append("\n".join([printable(standing.data), *align_columns(lines, _alignment(standing))]))
-    return "\n\n".join([*parts, LEGEND])
+    return "\n\n".join([*parts, LEGEND.replace(". The", ".\nThe")])
 
 
 def markdown_table(suite: Suite, standings: Sequence[Standing]) -> str:
@@ -173,8 +185,8 @@ def csv_table(standings: Sequence[Standing]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([
-        "data", "backbone", "protocol", "metric", "value", "low", "high", "mark", "p_value", "images_per_second",
-        "timed", "parameters", "dim", "test_rows", "cell", "error",
+        "data", "backbone", "protocol", "metric", "shots", "value", "low", "high", "mark", "p_value",
+        "images_per_second", "timed", "parameters", "dim", "test_rows", "cell", "error",
     ])  # fmt: skip
     for standing in standings:
         for backbone, row in standing.rows:
@@ -187,10 +199,17 @@ def csv_table(standings: Sequence[Standing]) -> str:
 def _values(place: Place) -> list[object]:
     cell = place.cell
     speed = cell.facts.get("speed") or {}
-    told = [place.metric, place.value, *place.interval, place.mark, "" if place.p_value is None else place.p_value]
+    told = [
+        place.metric,
+        "" if place.shots is None else place.shots,
+        place.value,
+        *place.interval,
+        place.mark,
+        "" if place.p_value is None else place.p_value,
+    ]
     rows = "" if cell.report is None else len(cell.report.predictions["ids"])
     return [
-        *(told if place.metric else [""] * 6), speed.get("images_per_second", ""), speed.get("what", ""),
+        *(told if place.metric else [""] * 7), speed.get("images_per_second", ""), speed.get("what", ""),
         cell.facts.get("parameters", ""), cell.facts.get("dim", ""), rows, cell.name, cell.error,
     ]  # fmt: skip
 
@@ -202,7 +221,7 @@ def _alignment(standing: Standing) -> str:
 def _header(standing: Standing, shown: Callable[[str], str]) -> list[str]:
     metrics = []
     for protocol in standing.protocols:
-        names = {place.metric for place in standing.column(protocol)}
+        names = {place.label for place in standing.column(protocol)}
         metrics.append(f"{shown(protocol)} {'/'.join(sorted(names))}".rstrip())
     return ["backbone", *metrics, "images/s", "parameters"]
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.columns import align_columns, short_name
-from embedkit.evaluation.folding import assign_folds, hold_out
 from embedkit.evaluation.splits import Part
 from embedkit.heads import fit_logistic, logistic_regression
+from embedkit.heads.folding import assign_folds, hold_out
 from embedkit.text import counted, printable
 
 OTHERS = 5  # Classes of each row that may be its true one: the likeliest beside the given one.

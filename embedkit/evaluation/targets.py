@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.splits import Part, label_sets
+from embedkit.text import counted, printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,8 @@ def find_truth(train: Part, test: Part) -> Truth:
     Raises
     ------
     EvaluationError
-        When no number can be made of it: no test row has a label, or all test targets are equal.
+        When no number can be made of it: no test row has a label, training rows have but one, or all test targets are
+        equal.
     """
     where = test.store.path
     if test.task == "regression":
@@ -98,13 +100,52 @@ def find_truth(train: Part, test: Part) -> Truth:
             raise EvaluationError(f"{where}: all {len(test.rows)} test targets are {test.targets[0]:g}; R2 needs two")
         return Truth(test.task, [], test.targets)
     if test.task == "multi-label":
-        classes = sorted({*fitted_labels(train), *fitted_labels(test)})
+        labels = fitted_labels(train)
+        classes = sorted({*labels, *fitted_labels(test)})
         truth = Truth(test.task, classes, _indicator(test, classes))
         if not truth.values.any():
             raise EvaluationError(f"{where}: none of {len(test.rows)} test rows has a label; mAP needs one")
+        if len(labels) == 1:  # Heads take a single column for names of classes.
+            raise EvaluationError(
+                f"{train.store.path}: the training rows have the label {labels[0]!r} or none, and no other; probe it "
+                "and its absence as two classes"
+            )
         return truth
     names = np.unique(np.concatenate([train.names, test.names]))
     return Truth(test.task, names.tolist(), np.searchsorted(names, test.names))
+
+
+def require_classes(y: npt.NDArray[Any], kept: npt.NDArray[np.bool_], where: str, advice: str) -> None:
+    """Raise unless the rows that are kept to fit to are of two classes.
+
+    Parameters
+    ----------
+    y : array of shape (n,)
+        Class of each training row; two or more classes.
+    kept : array of bool of shape (n,)
+        Rows to fit to.
+    where : str
+        Where the others are, for the message.
+    advice : str
+        What to do beside giving classes more rows.
+
+    Raises
+    ------
+    EvaluationError
+        When they are of one class. It names the others and how many rows they have.
+    """
+    left = np.unique(y[kept])
+    if len(left) > 1:
+        return
+    lost = [
+        f"{printable(str(name))!r} ({counted(int(count), 'row')})"
+        for name, count in zip(*np.unique(y, return_counts=True), strict=True)
+        if name not in left
+    ]
+    more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+    raise EvaluationError(
+        f"{where}, no row is left to fit to of {', '.join(lost[:5])}{more}: give each class more rows, or {advice}"
+    )
 
 
 def _indicator(part: Part, classes: list[str]) -> npt.NDArray[np.uint8]:

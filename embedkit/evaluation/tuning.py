@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.metrics import average_precisions
 from embedkit.evaluation.scoring import class_scores
 from embedkit.evaluation.streaming import StoredRows, fit_streamed
 from embedkit.evaluation.targets import Training
 from embedkit.heads import fit_quietly, make_head, ridge_sweep
+from embedkit.heads.folding import hold_out
 
 Progress = Callable[[str], None]
 
@@ -89,12 +89,20 @@ def _fitted(name: str, chosen: dict[str, float], rows: Training, settings: dict[
     if isinstance(rows.x, StoredRows):
         return fit_streamed(name, rows.x, rows.y, chosen), True
     head = _made(name, chosen, **settings)
+    return head, _fit(name, head, rows)
+
+
+def _fit(name: str, head: Any, rows: Training) -> bool:
+    """Fit a head and return whether its solver converged, or say what it does not take."""
     try:
-        return head, fit_quietly(head, rows.x, rows.y)
+        return fit_quietly(head, rows.x, rows.y)
     except EvaluationError:
         raise
     except ValueError as error:
-        raise EvaluationError(f"the head {name!r} cannot be fitted to {len(rows.x):,} rows: {error}") from error
+        raise EvaluationError(
+            f"the head {name!r} cannot be fitted to {len(rows.x):,} rows: {error} Give it more rows, or take another "
+            "head, such as 'ridge'"
+        ) from error
 
 
 def _losses(
@@ -110,7 +118,7 @@ def _losses(
     best, worse = math.inf, 0
     for value in grid:
         head = _made(name, {parameter: value}, **settings)
-        fit_quietly(head, kept.x, kept.y)
+        _fit(name, head, kept)
         loss, criterion = held_out_loss(head, queries, likely=name != "knn")
         yield value, (loss, criterion)
         best, worse = min(best, loss), worse + 1 if loss > best else 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from embedkit.evaluation.probing import probe
 from embedkit.evaluation.reports import Report
 from embedkit.index.ranking import first_rows, ranked_metrics
 from embedkit.store import Store
-from embedkit.text import counted, printable
+from embedkit.text import counted, printable, say_nothing
 
 BLOCK_BYTES = 64 << 20  # Of the scores of a block of queries.
 
@@ -193,21 +193,25 @@ def compare_stores(
     BeforeAfter
         Every difference has a paired test, since both sides are measured on the same images.
     """
-    say = progress or _silent
+    say = progress or say_nothing
     train, val, test = names
     say(f"comparing on {test}: probe before")
     frozen = probe(before, split=split, train_split=train, test_split=test, seed=seed)
-    pairs: dict[str, tuple[Report, Report]] = {}
-    if trained is not None:
-        pairs["classifier"] = frozen, trained
+    again = None
     if after is not None:
         say(f"comparing on {test}: probe after")
         again = probe(after, split=split, train_split=train, test_split=test, seed=seed)
-        pairs["linear probe"] = frozen, again
-        pairs["k-NN"] = _neighbours(frozen), _neighbours(again)
-        found = [_retrieval(store, frozen) for store in (before, after)]
+    # An image may be there before the training and not after it: whatever is compared is so on those that all saw.
+    left, *others = _among([report for report in (frozen, trained, again) if report is not None])
+    pairs: dict[str, tuple[Report, Report]] = {}
+    if trained is not None:
+        pairs["classifier"] = left, others[0]
+    if after is not None:
+        pairs["linear probe"] = left, others[-1]
+        pairs["k-NN"] = _neighbours(left), _neighbours(others[-1])
+        found = [_retrieval(store, left) for store in (before, after)]
         pairs |= {name: (found[0][name], found[1][name]) for name in found[0]}
-    raw = {name: compare(right, left, seed=seed) for name, (left, right) in pairs.items()}
+    raw = {name: compare(new, old, seed=seed) for name, (old, new) in pairs.items()}
     adjusted = adjust([one.p_value for one in raw.values()])
     changes = [
         Change(
@@ -292,6 +296,22 @@ def retrieval_within(x: npt.NDArray[np.float32], codes: Codes) -> Values:
     }
 
 
+def _among(reports: Sequence[Report]) -> list[Report]:
+    """Return reports on the images that all of them are on."""
+    shared = set.intersection(*(set(report.predictions["ids"].tolist()) for report in reports))
+    if not shared:
+        raise FinetuneError("no image that is compared on could be read both before the training and after it")
+    found = []
+    for report in reports:
+        ids = report.predictions["ids"].tolist()
+        if len(ids) > len(shared):
+            rows = np.flatnonzero([id in shared for id in ids])
+            arrays = {name: array[rows] for name, array in report.predictions.items() if len(array) == len(ids)}
+            report = replace(report, metrics={"top1": float(arrays["correct"].mean())}, predictions=arrays)
+        found.append(report)
+    return found
+
+
 def _neighbours(report: Report) -> Report:
     """Return what the k-NN of a default probe said, as a report of its own."""
     found = report.predictions
@@ -320,7 +340,3 @@ def _report(report: Report, rows: Codes, correct: npt.NDArray[Any]) -> Report:
 
 def _top1(report: Report) -> float:
     return float(report.metrics["top1"])
-
-
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""

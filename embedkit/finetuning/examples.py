@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from embedkit.errors import EvaluationError, ImageError
 from embedkit.evaluation.cells import write_whole
-from embedkit.evaluation.folding import hold_out
 from embedkit.evaluation.leaks import THRESHOLD, Leaks, find_leaks
 from embedkit.evaluation.probing import MOST_PRODUCTS
 from embedkit.evaluation.splits import Split, split_part
+from embedkit.heads.folding import hold_out
 from embedkit.sources import Entries, Entry, Listing, content_sha256
 from embedkit.store import Store
 from embedkit.text import counted
@@ -281,6 +281,12 @@ def _by_lot(listing: Listing, seed: int) -> Division:
     if len(rows):
         groups = _copies([listing.files[row] for row in rows.tolist()])
         held = hold_out(len(rows), VAL_SHARE, seed, strata=codes.astype(np.int64), groups=groups)
+        alone = np.setdiff1d(codes, codes[held])
+        if len(alone):
+            log.warning(
+                "%s too small to hold an image out of it, such as %r; nothing says how well it is learned",
+                "a class is" if len(alone) == 1 else f"{len(alone):,} classes are", labels[rows[codes == alone[0]][0]],
+            )  # fmt: skip
         parts[rows] = np.where(held, "val", "train")
     return _divided(listing, labels, parts, ("train", "val", "val"), made=True)
 

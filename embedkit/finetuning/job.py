@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from embedkit.backbones import Backbone
@@ -95,7 +94,7 @@ class Job:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        self.world.total(torch.zeros(1, device=self.backbone.device))
+        self.world.wait()
 
     def embed(self, backbone: Backbone, path: Path, stage: str, parent: Store | None = None) -> Store:
         """Return the store of all images, which the first process makes."""

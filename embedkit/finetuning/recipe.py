@@ -258,6 +258,20 @@ def _check_pairs(recipe: Recipe) -> None:
         raise FinetuneError("a network from scratch must learn everything: drop unfreeze, gradual and lora")
     if recipe.from_scratch and recipe.warmup in ("probe", "sgd"):
         raise FinetuneError("a network from scratch has no embeddings to warm a head up on; choose warmup none")
+    if recipe.gradual and recipe.unfreeze == "none":
+        raise FinetuneError("gradual thaws one block after the other, and none is to learn; drop one of the two")
+    varied = recipe.augmentation
+    if varied.mixup_off_epoch and not (varied.mixup or varied.cutmix):
+        raise FinetuneError("mixup_off_epoch ends what does not begin; give mixup or cutmix, or drop it")
+    if recipe.sched != "one-cycle" and 0 < recipe.epochs < recipe.warmup_epochs:
+        raise FinetuneError(
+            f"learning rates that rise for {recipe.warmup_epochs:g} epochs never arrive in {recipe.epochs}; "
+            "choose fewer warmup_epochs"
+        )
+    if recipe.loss != "cross-entropy" and recipe.unfreeze == "none":
+        raise FinetuneError(
+            f"loss {recipe.loss} compares embeddings, which a frozen body does not change; unfreeze some"
+        )
     if recipe.lora and recipe.unfreeze == "none":
         raise FinetuneError("adapters in a frozen network learn nothing; drop lora, or unfreeze none")
 

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from embedkit.finetuning.training.losses import METRIC_LOSSES
 from embedkit.finetuning.warmup import warm_up
 from embedkit.heads import save_head
 from embedkit.store import Store
+from embedkit.store.locking import now
 from embedkit.text import counted
 
 Rows = npt.NDArray[np.float32]
@@ -151,14 +151,15 @@ def _compared(job: Job, before: Store, after: Store | None, trained: Report) -> 
         before, after, os.fspath(job.folder.split), names, trained=judged, seed=job.recipe.seed,
         progress=lambda line: log.info("%s", line),
     )  # fmt: skip
-    return found if found.after is not None else replace(found, after=trained)
+    chosen = found.chosen_on and job.recipe.epochs > 0  # Without an epoch there was none to choose.
+    return replace(found, chosen_on=chosen, after=trained if found.after is None else found.after)
 
 
 def _circumstances(job: Job) -> dict[str, str]:
     return {
         "command": _command(),
         "device": str(job.backbone.device), "processes": str(job.world.size), "machine": machine_name(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": now(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }  # fmt: skip
 

@@ -69,6 +69,8 @@ class RunFolder:
         FinetuneError
             When the folder holds another run, naming the settings that differ, or something else than a run.
         """
+        if self.path.is_file():
+            raise FinetuneError(f"{self.path} is a file; name a folder, which need not exist")
         wanted = {"identity": dict(identity), "recipe": recipe.to_dict()}
         ours = self.recipe.is_file()
         if ours:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from embedkit.backbones import Backbone
-from embedkit.errors import EvaluationError
+from embedkit.errors import EvaluationError, FinetuneError
 from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leaks import Leaks
-from embedkit.extraction import Progress, listed
-from embedkit.finetuning.blocks import blocks_of, list_states, trainable_at
+from embedkit.extraction import listed
+from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_at
 from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.job import Job, Watcher
@@ -27,17 +29,19 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
 from embedkit.finetuning.run_folder import RunFolder, read_object
-from embedkit.finetuning.trainee import make_trainee
+from embedkit.finetuning.trainee import Trainee, make_trainee
 from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
-from embedkit.finetuning.training.history import History, Moment
+from embedkit.finetuning.training.history import History
 from embedkit.finetuning.training.loop import resumable, train
 from embedkit.finetuning.training.losses import METRIC_LOSSES, class_batches, make_criterion
+from embedkit.finetuning.training.optimisers import check_optimiser
+from embedkit.finetuning.training.recall import RECALL_METRICS, validate_recall
 from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder, WandbRecorder
-from embedkit.finetuning.training.validation import validate_classes
+from embedkit.finetuning.training.validation import CLASS_METRICS, validate_classes
 from embedkit.finetuning.warmup import warm_up
 from embedkit.store import Store
-from embedkit.text import counted, printable
+from embedkit.text import counted, printable, say_nothing
 
 Rows = npt.NDArray[np.int64]
 
@@ -141,11 +145,13 @@ def finetune(
         division = divide(
             listing, split, train_split=train_split, val_split=val_split, test_split=test_split, seed=recipe.seed
         )
-        job = _prepared(backbone, recipe, division, folder, world, workers, progress or _silent)
+        job = _prepared(backbone, recipe, division, folder, world, workers, progress or say_nothing)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
+        given = _checked_store(job, store)
         if _claimed(job, overwrite):
             return job.adapted()
-        before = _embed_before(job, store, wanted=reextract or recipe.warmup_kind != "none")
+        wanted = reextract or recipe.warmup_kind != "none"
+        before = _embed_before(job, wanted=wanted) if given is None else given
         job = replace(job, division=_readable(job, before))
         leaks = _leaks(job, before)
         warmup = _warm_up(job, before)
@@ -154,6 +160,47 @@ def finetune(
             conclude(job, before, leaks, warmup, history, reextract=reextract)
         job.wait()
         return job.adapted()
+
+
+def make_ready(backbone: Backbone, recipe: Recipe, classes: int) -> tuple[Trainee, Sequence[Block], nn.Module]:
+    """Make what learns, and find out whatever cannot work, before anything is written.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        What is adapted.
+    recipe : Recipe
+        Every setting.
+    classes : int
+        How many there are.
+
+    Returns
+    -------
+    tuple of Trainee, sequence of Block, and nn.Module
+        What learns, its blocks, and what is made small.
+
+    Raises
+    ------
+    FinetuneError
+        When the recipe asks for what this backbone cannot do, or names an optimiser or a metric that is none.
+    """
+    recipe = _settled(recipe)
+    offered = RECALL_METRICS if recipe.loss in METRIC_LOSSES else CLASS_METRICS
+    if recipe.metric not in offered:
+        raise FinetuneError(
+            f"no epoch of the loss {recipe.loss} is chosen by {recipe.metric!r}; choose one of {', '.join(offered)}"
+        )
+    check_optimiser(recipe)
+    trainee = make_trainee(backbone, classes, recipe)
+    blocks = blocks_of(trainee)
+    late = trainable_at(blocks, recipe, sys.maxsize) - trainable_at(blocks, recipe, max(1, recipe.epochs))
+    if late and recipe.epochs:
+        asleep = sum(not late.isdisjoint(block.parameters) for block in blocks)
+        log.warning(
+            "%s of %d would only thaw after the last epoch, and never will: one thaws every %s, and there are %d",
+            counted(asleep, "block"), len(blocks), counted(recipe.gradual, "epoch"), recipe.epochs,
+        )  # fmt: skip
+    return trainee, blocks, make_criterion(recipe, classes, backbone.dim)
 
 
 def _settled(recipe: Recipe) -> Recipe:
@@ -169,10 +216,7 @@ def _prepared(
     watch: Watcher,
 ) -> Job:  # fmt: skip
     """Return the job, after finding out whatever cannot work: rather now than after hours."""
-    trainee = make_trainee(backbone, len(division.classes), recipe)
-    blocks = blocks_of(trainee)
-    trainable_at(blocks, recipe, 1)
-    criterion = make_criterion(recipe, len(division.classes), backbone.dim)
+    trainee, blocks, criterion = make_ready(backbone, recipe, len(division.classes))
     identity = {"backbone": backbone.spec.digest, "images": division.sha256}
     return Job(backbone, recipe, division, folder, world, workers, watch, trainee, blocks, criterion, identity)
 
@@ -199,19 +243,24 @@ def _claimed(job: Job, overwrite: bool) -> bool:
     return job.folder.finished
 
 
-def _embed_before(job: Job, given: Store | str | os.PathLike[str] | None, *, wanted: bool) -> Store | None:
-    """Return the embeddings of the frozen backbone, made here or given; None where no stage needs them."""
-    if given is not None:
-        store = given if isinstance(given, Store) else Store.open(given)
-        job.backbone.spec.require_same(store.spec, f"{store.path} was not made by this backbone")
-        known = {*store.ids, *(failure.id for failure in store.failures)}
-        missing = [id for part in job.division.parts for id in part.ids if id not in known]
-        if missing:
-            raise EvaluationError(
-                f"{store.path} lacks {counted(len(missing), 'image')}, such as {missing[0]!r}; bring it up to date "
-                "with embedkit extract, or leave --store out"
-            )
-        return store
+def _checked_store(job: Job, given: Store | str | os.PathLike[str] | None) -> Store | None:
+    """Return the embeddings that were given, when they are of this backbone and these images."""
+    if given is None:
+        return None
+    store = given if isinstance(given, Store) else Store.open(given)
+    job.backbone.spec.require_same(store.spec, f"{store.path} was not made by this backbone, whose facts stand first")
+    known = {*store.ids, *(failure.id for failure in store.failures)}
+    missing = [id for part in job.division.parts for id in part.ids if id not in known]
+    if missing:
+        raise EvaluationError(
+            f"{store.path} lacks {counted(len(missing), 'image')}, such as {missing[0]!r}; bring it up to date "
+            "with embedkit extract, or leave --store out"
+        )
+    return store
+
+
+def _embed_before(job: Job, *, wanted: bool) -> Store | None:
+    """Return the embeddings of the frozen backbone; None where no stage needs them."""
     if not wanted:
         return None
     with job.stage("embedding", f"{counted(len(job.listing.files), 'image')} by {job.backbone.description}"):
@@ -294,11 +343,5 @@ def _train(job: Job, recorders: Sequence[Recorder]) -> History:
 def _judge(metric: bool) -> Callable[..., dict[str, float]]:
     """Return what validates a trainee: its head, or how its embeddings find each other."""
     if metric:
-        from embedkit.finetuning.training.recall import validate_recall
-
         return validate_recall
     return validate_classes
-
-
-def _silent(stage: str, state: Progress | Moment) -> None:
-    """Take news and say nothing."""

@@ -114,7 +114,10 @@ def make_trainee(backbone: Backbone, classes: int, recipe: Recipe) -> Trainee:
     """
     spec = backbone.spec
     if spec.views or spec.precision != "float32":
-        raise FinetuneError("a backbone is adapted on plain views in fp32: load it without views= and precision=")
+        raise FinetuneError(
+            "a backbone is adapted on plain views in fp32: leave --tta, --scales and --precision out "
+            "(in Python views= and precision=)"
+        )
     if recipe.from_scratch:
         network = fresh_network(
             spec.backbone, spec.preprocessing, pool=spec.pool, arch_kwargs=spec.arch_kwargs, seed=recipe.seed,

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from embedkit.errors import FinetuneError
-from embedkit.evaluation.folding import hold_out
 from embedkit.finetuning.layers import fold_scaler, load_estimator
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee
 from embedkit.heads import fit_logistic
+from embedkit.heads.folding import hold_out
 
 Rows = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.int64]

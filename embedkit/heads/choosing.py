@@ -78,4 +78,7 @@ def is_predictor(estimator: object) -> bool:
     """Return whether an object is a classifier or regressor with scikit-learn's methods, and not its class."""
     if isinstance(estimator, type) or not all(hasattr(estimator, name) for name in ("fit", "predict", "get_params")):
         return False
-    return bool(is_classifier(estimator) or is_regressor(estimator))
+    try:
+        return bool(is_classifier(estimator) or is_regressor(estimator))
+    except AttributeError:  # Of a library that knows scikit-learn's methods and not its newer tags.
+        return getattr(estimator, "_estimator_type", None) in ("classifier", "regressor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -19,11 +19,14 @@ class Kind:
     fields : mapping
         What `fit` gives it, with a letter for each dimension: d of embeddings, c of classes, k of columns of weights
         (c, or 1 for two classes), n of training rows, h of hidden units, 1 of one. None stands for a scalar.
+    optional : mapping
+        Those of them that may be missing, and the parameter that must be off for that.
     """
 
     module: str
     name: str
     fields: Mapping[str, str | None]
+    optional: Mapping[str, str] = field(default_factory=dict)
 
     def type(self) -> Any:
         """Return the class."""
@@ -68,7 +71,13 @@ KINDS: dict[str, Kind] = {
         MLPHead={**_PERCEPTRON, "coef_": "hc", "intercept_": "c", "classes_": "c", "multi_label_": None},
         MLPRegressor={**_PERCEPTRON, "coef_": "h1", "intercept_": "1", "centre_": None, "spread_": None},
     ),
-    **_kinds("sklearn.preprocessing", StandardScaler=_SCALED, Normalizer={}),
+    "StandardScaler": Kind(
+        "sklearn.preprocessing",
+        "StandardScaler",
+        _SCALED,
+        {"mean_": "with_mean", "var_": "with_std", "scale_": "with_std"},
+    ),
+    **_kinds("sklearn.preprocessing", Normalizer={}),
     **_kinds(
         "sklearn.linear_model",
         LogisticRegression=_LINEAR,

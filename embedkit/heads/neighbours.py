@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 # One block of similarities has at most this many rows and columns: 32 MiB in float64, and large enough for BLAS.
 QUERY_BLOCK = 1024
 GALLERY_BLOCK = 4096
+_VOTES = 1 << 24  # Of a block of queries whose neighbours are known, so that memory does not grow with the classes.
 
 
 class _Neighbours(BaseEstimator):  # type: ignore[misc]
@@ -196,7 +197,10 @@ class KnownNeighbours:
 
     def predict(self, numbers: Array) -> Array:
         """Return the label with the most votes for each of the queries with these numbers."""
-        labels: Array = self.classes_[self._shares(numbers).argmax(axis=1)]
+        size = max(1, _VOTES // len(self.classes_))
+        starts = range(0, max(1, len(numbers)), size)
+        winners = [self._shares(numbers[start : start + size]).argmax(axis=1) for start in starts]
+        labels: Array = self.classes_[np.concatenate(winners)]
         return labels
 
     def predict_proba(self, numbers: Array) -> Array:

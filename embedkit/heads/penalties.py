@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 
 from embedkit.errors import EvaluationError
+from embedkit.heads.folding import hold_out
 from embedkit.heads.logistic import logistic_regression
 from embedkit.heads.path import HeldOut, Path, Start
 
@@ -111,7 +112,8 @@ def fit_logistic(
     x, labels = np.asarray(x), np.asarray(y)
     grid = _checked(C_grid, fraction)
     if held_out is None:
-        held_out = _held_out(labels if labels.ndim == 1 else np.zeros(len(labels)), fraction, seed)
+        strata = np.unique(labels, return_inverse=True)[1] if labels.ndim == 1 else None
+        held_out = hold_out(len(labels), fraction, seed, strata=strata)
     name = "C_losses" if criterion == "log-loss" else "C_scores"
     C = grid[0] if len(grid) == 1 else 1.0
     choice: dict[str, Any] = {
@@ -243,18 +245,6 @@ def _checked(C_grid: Sequence[float], fraction: float = 0.5) -> list[float]:
     return grid
 
 
-def _held_out(labels: Array, fraction: float, seed: int) -> Mask:
-    """Return a mask of the rows to hold out: of each class its share, at least one row, never all of them."""
-    _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    shares = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_class = shuffled[np.argsort(codes[shuffled], kind="stable")]
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    mask = np.zeros(len(labels), dtype=np.bool_)
-    mask[by_class] = rank < np.repeat(shares, counts)
-    return mask
-
-
 def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:
     """Fit an estimator, and return whether its solver converged instead of warning about it.
 
@@ -268,7 +258,7 @@ def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:
     Returns
     -------
     bool
-        False after a ConvergenceWarning. Other warnings pass.
+        False after a ConvergenceWarning. Other warnings pass, but for that of a covariance of one row.
 
     Examples
     --------
@@ -278,6 +268,9 @@ def fit_quietly(estimator: Any, x: Array, y: npt.ArrayLike) -> bool:
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
+        # Of discriminant analysis, for each class of one row and each value that is tried; classes of few rows are
+        # named before.
+        warnings.filterwarnings("ignore", "Only one sample available", UserWarning)
         estimator.fit(x, y)
     others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
     for warning in others:

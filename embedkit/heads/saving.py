@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from sklearn.pipeline import Pipeline
 
 from embedkit.errors import EmbedkitError, EvaluationError
 from embedkit.heads.kinds import KINDS, Kind
+from embedkit.machine import available_memory
 from embedkit.spec import EmbeddingSpec
 from embedkit.store.durable import aside_name, naming, write_durably
 
@@ -28,6 +30,7 @@ FORMAT, VERSION = "embedkit-head", 1
 DESCRIPTION, ARRAYS = "head.json", "arrays.safetensors"
 TASKS = ("class", "multi-label", "regression")
 MAX_JSON_BYTES = 64 << 20  # A million class names.
+MAX_NESTED = 1 << 20  # Lists and mappings, each of which takes a hundred times the bytes that it has in the file.
 MAX_STEPS = 16
 
 
@@ -115,14 +118,14 @@ def save_head(
         "estimator": _describe(head, arrays),
     }
     _rebuild(described, arrays, str(folder))  # What could not be loaded is not written.
+    tensors = save({name: np.asarray(values, order="C") for name, values in arrays.items()})
+    described["arrays_sha256"] = hashlib.sha256(tensors).hexdigest()
     text = json.dumps(described, indent=1, ensure_ascii=True, allow_nan=False)
     fresh = folder.parent / aside_name()
     try:
         with naming(folder):
             fresh.mkdir(parents=True)
-            write_durably(
-                fresh / ARRAYS, save({name: np.asarray(values, order="C") for name, values in arrays.items()})
-            )
+            write_durably(fresh / ARRAYS, tensors)
             write_durably(fresh / DESCRIPTION, text.encode())
             if folder.exists():
                 os.replace(fresh / ARRAYS, folder / ARRAYS)
@@ -159,8 +162,17 @@ def load_head(path: str | os.PathLike[str]) -> SavedHead:
             raise EvaluationError(f"{folder} is no head: {DESCRIPTION} and {ARRAYS} must be files")
         if description.stat().st_size > MAX_JSON_BYTES:
             raise EvaluationError(f"{description} is larger than {MAX_JSON_BYTES >> 20} MiB: it is no head's")
-        values = json.loads(description.read_bytes())
-        arrays = load(tensors.read_bytes())
+        size, free = tensors.stat().st_size, available_memory()
+        if free is not None and 2 * size > free:
+            raise EvaluationError(
+                f"{tensors} has {size / 2**30:,.1f} GiB, which are read and copied, and this machine has "
+                f"{free / 2**30:,.1f} GiB of memory left"
+            )
+        text = description.read_bytes()
+        if text.count(b"[") + text.count(b"{") > MAX_NESTED:
+            raise EvaluationError(f"{description} has more than {MAX_NESTED:,} lists and mappings: it is no head's")
+        values, data = json.loads(text), tensors.read_bytes()
+        arrays = load(data)
     except FileNotFoundError as error:
         raise EvaluationError(
             f"{folder} is no head: there is no file {Path(error.filename).name}; heads are written by "
@@ -168,13 +180,16 @@ def load_head(path: str | os.PathLike[str]) -> SavedHead:
         ) from error
     except OSError as error:
         raise EvaluationError(f"{folder} cannot be read: {error.strerror}") from error
-    except (SafetensorError, TypeError, AttributeError) as error:
+    except (SafetensorError, TypeError, AttributeError, LookupError) as error:
         raise EvaluationError(f"{tensors} is damaged: {error}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, EmbedkitError):
             raise
         raise EvaluationError(f"{description} is no JSON: {error}") from error
-    return _rebuild(values, arrays, str(description))
+    found = _rebuild(values, arrays, str(description))
+    if values.get("arrays_sha256") != hashlib.sha256(data).hexdigest():
+        raise EvaluationError(f"{tensors} is damaged, or is not the file that was written with {DESCRIPTION}")
+    return found
 
 
 def _describe(estimator: Any, arrays: dict[str, Array]) -> dict[str, Any]:
@@ -242,7 +257,10 @@ def _made(described: Any, arrays: dict[str, Array], sizes: dict[str, int], where
         steps = described["steps"]
         if not 0 < len(steps) <= MAX_STEPS or any(step["kind"] == "Pipeline" for _, step in steps):
             raise EvaluationError(f"{where}: a pipeline has 1 to {MAX_STEPS} steps, and none is a pipeline")
-        return Pipeline([(str(name), _made(step, arrays, sizes, where)) for name, step in steps])
+        made = [(str(name), _made(step, arrays, sizes, where)) for name, step in steps]
+        if not all(hasattr(step, "transform") for _, step in made[:-1]) or not hasattr(made[-1][1], "predict"):
+            raise EvaluationError(f"{where}: the steps of a pipeline are scalers, and at its end what predicts")
+        return Pipeline(made)
     kind = KINDS.get(described["kind"])
     if kind is None:
         raise EvaluationError(f"{where}: there is no kind of head {described['kind']!r}")
@@ -251,6 +269,9 @@ def _made(described: Any, arrays: dict[str, Array], sizes: dict[str, int], where
     if parameters.keys() != estimator.get_params(deep=False).keys() or fitted.keys() != kind.fields.keys():
         raise EvaluationError(f"{where}: a {described['kind']} has other parameters or parts in this version")
     estimator.set_params(**{name: _plain(value, name) for name, value in parameters.items()})
+    for name, parameter in kind.optional.items():
+        if fitted[name] is None and parameters[parameter]:
+            raise EvaluationError(f"{where}: {name} is missing, and {parameter} asks for it")
     for name in kind.fields:
         setattr(estimator, name, _checked(name, fitted[name], arrays, kind, sizes, where))
     if "d" in sizes:
@@ -262,12 +283,14 @@ def _checked(name: str, value: Any, arrays: dict[str, Array], kind: Kind, sizes:
     """Return one fitted part, after checking its shape against those of the others."""
     shape = kind.fields[name]
     if not isinstance(value, dict):
-        if shape is not None and value is not None:
+        if shape is not None and (value is not None or name not in kind.optional):
             raise EvaluationError(f"{where}: {name} must be an array")
         return _plain(value, name)
     if shape is None:
         raise EvaluationError(f"{where}: {name} must not be an array")
     array = arrays[value["array"]] if "array" in value else np.array([str(text) for text in value["texts"]])
+    if array.dtype.kind not in ("biufU" if name == "classes_" else "biuf"):
+        raise EvaluationError(f"{where}: {name} must be numbers, and has the type {array.dtype}")
     if array.ndim != len(shape):
         raise EvaluationError(f"{where}: {name} has {array.ndim} dimensions, not {len(shape)}")
     for letter, size in zip(shape, array.shape, strict=True):

@@ -29,6 +29,7 @@ from embedkit.index.results import SearchResult, padded
 from embedkit.index.searching import expand, nearest
 from embedkit.index.whitening import fit_whitening
 from embedkit.store import Store
+from embedkit.text import say_nothing
 
 if TYPE_CHECKING:
     from embedkit.backbones import Backbone
@@ -171,7 +172,7 @@ class Index:
         if backbone is not None:
             _require_own(backbone, opened)
         whitening = None if whiten is None else fit_whitening(opened, whiten, seed=seed)
-        gallery, say = Gallery(opened, metric, whitening), progress or _silent
+        gallery, say = Gallery(opened, metric, whitening), progress or say_nothing
         if factory == EXACT and wish == Wish():
             say(f"exact: nothing is built, and {gallery.count_bytes(1000, 10) / 1e6:,.0f} MB search for 1,000 queries")
             index = cls._made(gallery, None, None, [])
@@ -297,7 +298,7 @@ class Index:
         SpecMismatchError
             When it was embedded otherwise.
         """
-        say = progress or _silent
+        say = progress or say_nothing
         opened = store if isinstance(store, Store) else Store.open(store or self.store.path, layer=self.store.layer)
         opened.spec.require_same(self.store.spec, f"{opened.path} was embedded otherwise than this index")
         gallery = Gallery(opened, self.metric, self.gallery.whitening)
@@ -433,10 +434,6 @@ def _check(wish: Wish, expansion: tuple[int, float] | None, metric: str) -> None
 
 def _require_own(backbone: Backbone, store: Store) -> None:
     store.spec.require_same(backbone.spec, f"this backbone did not make {store.path}")
-
-
-def _silent(line: str) -> None:
-    """Take a line of progress and say nothing."""
 
 
 def _store_path(

@@ -6,7 +6,7 @@ import base64
 import html
 from collections.abc import Callable, Sequence
 
-from embedkit.errors import ImageError
+from embedkit.errors import EmbedkitError
 from embedkit.images import Data, Region, read_bytes, read_image, thumbnail
 from embedkit.index.pictures import read_picture
 from embedkit.index.results import SCORE_NAMES, Hit, SearchResult
@@ -111,8 +111,8 @@ def picture_tag(read: Callable[[], Data], size: int) -> str:
         whole, box = data if isinstance(data, Region) else (data, None)
         image = read_image(whole)
         data64 = base64.b64encode(thumbnail(image if box is None else image.crop(box), size)).decode()
-    except ImageError as error:
-        return f'<div class="missing">{_text(error.reason)}</div>'
+    except (EmbedkitError, OSError) as error:  # Of the image, or of the archive that it was in.
+        return f'<div class="missing">{_text(getattr(error, "reason", "") or str(error))}</div>'
     return f'<img alt="" src="data:image/jpeg;base64,{data64}">'
 
 

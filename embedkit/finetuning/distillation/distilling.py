@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,6 +46,7 @@ from embedkit.finetuning.training.checkpoints import forget
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
 from embedkit.finetuning.training.loop import resumable, train
+from embedkit.finetuning.training.optimisers import check_optimiser
 from embedkit.sources import Listing
 from embedkit.spec import EmbeddingSpec, Preprocessing
 from embedkit.store import Store
@@ -197,6 +199,8 @@ def distill(
     ------
     FinetuneError
         When the folder holds another run, a setting makes no sense, or there are too few images.
+    StoreBusyError
+        When another process is at work in the folder.
     EmbedkitError
         Whatever `extract` and `Backbone.load` raise.
 
@@ -208,30 +212,32 @@ def distill(
     settings, recipe = settings or Distillation(), recipe or DISTILLING
     _check_recipe(recipe)
     folder = RunFolder(output)
-    with join_world(device) as world:
+    with join_world(device) as world, folder.lock() if world.first else nullcontext():
         listing = listed(images)
         known = load_teachers(teachers, device=device)
         pupil = make_student(
             student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
             drop_path=recipe.drop_path, device=device,
         )  # fmt: skip
-        identity = {**_identity(pupil, known, listing, settings), "project": project}
+        identity = {**_identity(pupil, known, listing, settings), "project": project, "precision": precision}
         if world.first:
             folder.claim(recipe, identity, overwrite=overwrite)
-        world.total(torch.zeros(1))
+        world.wait()
+        if folder.finished and world.first:
+            log.info("%s: this run is finished already; --overwrite repeats it", folder.path)
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
             if world.first:
                 embed_views(views, known, places, workers=workers, progress=progress)
-            world.total(torch.zeros(1))  # The others find whole stores.
+            world.wait()  # The others find whole stores.
             found = open_stores(known, places)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
             history, projection = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:
                 pupil = keep_projection(pupil, projection) if project else pupil
                 _finish(pupil, lesson, folder, settings, recipe, history, precision)
-        world.total(torch.zeros(1))  # Nobody loads what the first process is still writing.
+        world.wait()  # Nobody loads what the first process is still writing.
     return Backbone.load(folder.path, device=device)
 
 
@@ -241,6 +247,7 @@ def _check_recipe(recipe: Recipe) -> None:
         raise FinetuneError(f"the best epoch of a distillation is told by cosine or loss, and not by {recipe.metric!r}")
     if recipe.augmentation.mixes:
         raise FinetuneError("mixed images have no teacher; leave mixup and cutmix at 0")
+    check_optimiser(recipe)
 
 
 def _identity(
@@ -280,10 +287,11 @@ def _prepare(
                 stores, ids[:, kept].reshape(-1), path, width=settings.width, whitening=settings.whitening,
                 seed=recipe.seed,
             )  # fmt: skip
-        world.total(torch.zeros(1))
+        world.wait()
     assert targets is not None
     order = np.random.default_rng([_HELD_OUT, recipe.seed]).permutation(len(kept))
-    held = min(MAX_VALIDATION, round(settings.held_out * len(kept)))
+    wanted = max(round(settings.held_out * len(kept)), int(settings.held_out > 0))  # Of few images, one at least.
+    held = min(MAX_VALIDATION, wanted)
     if len(kept) - held < 2:
         raise FinetuneError(f"{counted(len(kept), 'image')} of {listing.root} are too few to learn from")
     views = list_views(images, settings.views, settings.smallest_view, recipe.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from embedkit.sources.entries import Entries
 from embedkit.store import Store
 
 FOLDS = 5
+ROLES = ("judge", "student")
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,19 @@ def judge_backbone(
     return _verdict(store, split, seed), _verdict(made, split, seed)
 
 
-def verdict_text(verdicts: Sequence[Verdict]) -> str:
+def verdict_text(verdicts: tuple[Verdict, Verdict]) -> str:
     """Return a table of verdicts."""
-    rows = [["", "width", "linear top1", "k-NN top1"]]
-    rows += [[each.name, str(each.dim), f"{each.linear_top1:.3f}", f"{each.knn_top1:.3f}"] for each in verdicts]
-    return "\n".join(align_columns(rows, "<>>>"))
+    rows = [["", "", "width", "linear top1", "k-NN top1"]]
+    rows += [
+        [role, each.name, str(each.dim), f"{each.linear_top1:.3f}", f"{each.knn_top1:.3f}"]
+        for role, each in zip(ROLES, verdicts, strict=True)
+    ]
+    return "\n".join(align_columns(rows, "<<>>>"))
 
 
 def verdict_dict(verdicts: tuple[Verdict, Verdict]) -> dict[str, Any]:
     """Return JSON values."""
-    return {name: asdict(each) for name, each in zip(("judge", "student"), verdicts, strict=True)}
+    return {name: asdict(each) for name, each in zip(ROLES, verdicts, strict=True)}
 
 
 def _verdict(store: Store, split: str | os.PathLike[str] | None, seed: int) -> Verdict:

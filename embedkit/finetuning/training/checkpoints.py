@@ -22,6 +22,7 @@ from embedkit.store.durable import ASIDE, aside, naming, publish_over, sync
 
 FORMAT, VERSION = "embedkit-training", 1
 LAST = "last.safetensors"
+_OURS = ("name", "base_lr", "weight_decay")  # Of an optimiser's group: what no update moves.
 _SHOWN = 8  # Fields of two runs that differ.
 
 
@@ -152,7 +153,10 @@ def pack_optimiser(optimiser: Optimizer) -> tuple[dict[str, Tensor], Any]:
 
 def unpack_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor], packed: Any) -> None:
     """Give an optimiser the state that `pack_optimiser` took from one with the same groups."""
+    settings = [{name: group[name] for name in _OURS if name in group} for group in optimiser.param_groups]
     optimiser.load_state_dict(_unpacked(packed, tensors))
+    for group, own in zip(optimiser.param_groups, settings, strict=True):
+        group.update(own)  # The recipe's say, whatever the file's is.
     for parameter, values in optimiser.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -49,6 +49,17 @@ class EpochRow:
     batch_size: int
     skipped: int = 0
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EpochRow:
+        """Return a row of JSON values, which may come from a stranger: whatever is no number is an error."""
+        metrics, rates = (
+            {str(name): float(value) for name, value in values[kind].items()} for kind in ("metrics", "rates")
+        )
+        return cls(
+            int(values["epoch"]), float(values["loss"]), metrics, rates, int(values["images"]), int(values["failed"]),
+            float(values["seconds"]), int(values["batch_size"]), int(values["skipped"]),
+        )  # fmt: skip
+
     @property
     def images_per_second(self) -> float:
         """Training images a second."""
@@ -84,8 +95,8 @@ class History:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """Return what `to_dict` wrote; raise ValueError where that cannot be."""
-        rows, best = tuple(EpochRow(**row) for row in values["epochs"]), values["best_epoch"]
+        """Return what `to_dict` wrote; raise KeyError, TypeError, AttributeError or ValueError where that cannot be."""
+        rows, best = tuple(EpochRow.from_dict(row) for row in values["epochs"]), int(values["best_epoch"])
         if [row.epoch for row in rows] != list(range(1, len(rows) + 1)) or best not in range(len(rows) + 1):
             raise ValueError("its epochs are not in order")
         return cls(rows, best, str(values["stopped"]))

@@ -29,6 +29,7 @@ from embedkit.finetuning.training.runs import Run, begin, identity_of, keep, loa
 from embedkit.finetuning.training.schedules import rate_factor
 from embedkit.finetuning.training.steps import accumulate, in_pieces, is_out_of_memory, on_device
 from embedkit.finetuning.training.validation import validate_classes
+from embedkit.text import counted
 
 if TYPE_CHECKING:
     from embedkit.finetuning.feeding.feed import Feed, TrainBatch
@@ -290,7 +291,11 @@ def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str
     run.best_score = score if better else run.best_score
     run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" else run.plateau
     waited = epoch - best_epoch
-    stopped = f"no better {recipe.metric} in {waited} epochs" if recipe.patience and waited >= recipe.patience else ""
+    stopped = (
+        f"no better {recipe.metric} in {counted(waited, 'epoch')}"
+        if recipe.patience and waited >= recipe.patience
+        else ""
+    )
     run.history = History((*run.history.epochs, row), best_epoch, stopped)
     if run.world.first:
         keep(run, best)

@@ -52,12 +52,27 @@ def find_pairs(module: nn.Module, example: Tensor) -> list[Pair]:
     pairs = _neighbours(module, example)
     if not pairs:
         return []
-    with torch.no_grad():
+    with torch.no_grad(), _disturbed(pairs):
         before = _first(module(example))
         with standing_in(fold_pairs(pairs)):
             after = _first(module(example))
     close = bool((after - before).abs().max() <= _CLOSE * before.abs().max())  # False of NaN.
     return pairs if close else []
+
+
+@contextmanager
+def _disturbed(pairs: Sequence[Pair]) -> Iterator[None]:
+    """Have all statistics a little otherwise inside: a new normalisation does nothing, and nobody would miss it."""
+    before = [(pair.norm.running_mean.clone(), pair.norm.running_var.clone()) for pair in pairs]
+    try:
+        for pair in pairs:
+            pair.norm.running_mean.add_(pair.norm.running_var.sqrt(), alpha=0.05)
+            pair.norm.running_var.mul_(1.1)
+        yield
+    finally:
+        for pair, (mean, variance) in zip(pairs, before, strict=True):
+            pair.norm.running_mean.copy_(mean)
+            pair.norm.running_var.copy_(variance)
 
 
 def fold_pairs(pairs: Sequence[Pair]) -> list[Folded]:

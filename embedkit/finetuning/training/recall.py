@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from embedkit.finetuning.feeding.feed import Feed
     from embedkit.finetuning.trainee import Trainee
 
+RECALL_METRICS = ("recall@1",)
 _BLOCK = 1024
+_AT_ONCE = 64  # Images in a pass: without gradients, any machine that trains has memory for them.
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def validate_recall(
     # A process's share may be empty where another's is not.
     found, codes = [torch.zeros(0, width, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
     for batch in feed.validation():
-        for piece in in_pieces([batch], 1):
+        for piece in in_pieces([batch], _AT_ONCE):
             with context():
                 embeddings = trainee.embed(piece.pixels.to(device, non_blocking=True))  # (b, d)
             found.append(nn.functional.normalize(embeddings.float(), dim=1))

@@ -101,6 +101,8 @@ def begin(
         run.average = Average(trainee, recipe.model_ema)
     if (state / LAST).exists():
         _restore(run)
+        if world.first:  # A kill may have come between the state and its table.
+            write_epochs(folder / "epochs.csv", run.history.epochs)
         log.info("goes on after epoch %d of %d", len(run.history.epochs), recipe.epochs)
     return run
 
@@ -143,7 +145,7 @@ def _restore(run: Run) -> None:
             run.average.load(_named(tensors, "average."), int(facts["updates"]))
         run.scaler.load_state_dict(facts["scaler"])
         run.history = History.from_dict(facts["history"])
-        run.at_once, run.plateau = max(1, int(facts["at_once"])), Plateau(**facts["plateau"])
+        run.at_once, run.plateau = max(1, int(facts["at_once"])), Plateau.from_dict(facts["plateau"])
         run.best_score = -math.inf if facts["best_score"] is None else float(facts["best_score"])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from embedkit.finetuning.recipe import Recipe
 
-SCHEDULES = ("constant", "cosine", "exponential", "step", "plateau", "one-cycle")
 _RISE, _START, _END = 0.3, 1 / 25, 1e-4  # Of one-cycle: share of the run that it rises in, its first and last factor.
 
 
@@ -86,6 +87,12 @@ class Plateau:
     factor: float = 1.0
     best: float | None = None
     waited: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plateau:
+        """Return a state of JSON values, which may come from a stranger: whatever is no number is an error."""
+        best = values["best"]
+        return cls(float(values["factor"]), None if best is None else float(best), int(values["waited"]))
 
     def after(self, score: float, recipe: Recipe) -> Plateau:
         """Return the state after another epoch: more than `decay_epochs` without a better one, and the rates fall.

@@ -97,12 +97,12 @@ def in_shares(pieces: Sequence[TrainBatch], count: int, *, whole: bool = False) 
 
 
 def in_pieces(batches: Sequence[TrainBatch], most: int) -> Iterator[TrainBatch]:
-    """Yield every batch in parts of nearly one size, of so many images at most, without those that are empty."""
+    """Yield every batch in parts of so many images at most, of which none has two more than another."""
     for batch in batches:
-        parts = -(-len(batch.rows) // most)
-        size = -(-len(batch.rows) // max(1, parts))
-        for start in range(0, len(batch.rows), max(1, size)):
-            span = slice(start, start + size)
+        count = len(batch.rows)
+        parts = -(-count // most)
+        for part in range(parts):
+            span = slice(part * count // parts, (part + 1) * count // parts)
             yield replace(
                 batch, pixels=batch.pixels[span], codes=batch.codes[span], rows=batch.rows[span],
                 targets=None if batch.targets is None else batch.targets[span],

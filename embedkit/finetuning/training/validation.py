@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from embedkit.finetuning.feeding.feed import Feed, TrainBatch
     from embedkit.finetuning.trainee import Trainee
 
+CLASS_METRICS = ("top1", "mean_class_accuracy", "loss")
+
 
 def validate_classes(
     trainee: Trainee,

@@ -37,7 +37,7 @@ def hold_out(n: int, fraction: float, seed: int, *, strata: Codes | None = None,
     Examples
     --------
     >>> import numpy as np
-    >>> from embedkit.evaluation.folding import hold_out
+    >>> from embedkit.heads.folding import hold_out
     >>> hold_out(10, 0.2, 0, strata=np.repeat([0, 1], 5)).reshape(2, 5).sum(axis=1).tolist()
     [1, 1]
     >>> hold_out(4, 0.5, 0, groups=np.array([0, 0, 1, 1])).reshape(2, 2).sum(axis=1).tolist() in ([0, 2], [2, 0])
@@ -78,7 +78,7 @@ def assign_folds(
     Examples
     --------
     >>> import numpy as np
-    >>> from embedkit.evaluation.folding import assign_folds
+    >>> from embedkit.heads.folding import assign_folds
     >>> folds = assign_folds(6, 3, 0, strata=np.array([0, 0, 0, 1, 1, 1]))
     >>> np.sort(folds[:3]).tolist(), np.sort(folds[3:]).tolist()
     ([0, 1, 2], [0, 1, 2])

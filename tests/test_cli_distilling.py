@@ -41,7 +41,7 @@ def test_a_student_is_taught_and_judged(tmp_path: Path, photos: Path, tiny_backb
     ek.extract(photos, judge, ek.Backbone.load(tiny_backbone))
     result = run(photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--judge", judge, "-q")
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.stdout.splitlines()][:3] == ["width", "test_resnet", "test_resnet"]
+    assert [line.split()[0] for line in result.stdout.splitlines()][:3] == ["width", "judge", "student"]
     assert "19 images, best epoch 1: cosine" in result.stdout
     assert ek.Backbone.load(tmp_path / "run").preprocessing.img_size == (32, 32)
     page = (tmp_path / "run" / "report.html").read_text()

@@ -45,6 +45,8 @@ def test_bench_prints_a_table_and_writes_three_files(suite: Path) -> None:
     assert "dino-knn top1" in result.stdout and "bigvision-fewshot 25-shot top1" in result.stdout
     assert "tiny--photos--dino-knn: top1" in result.stderr
     assert all((suite.parent / "run" / name).stat().st_size for name in ("table.md", "table.csv", "report.html"))
+    page = (suite.parent / "run" / "report.html").read_text()
+    assert "dino-knn: top1 " in page and "bigvision-fewshot: 25-shot top1 " in page
 
 
 def test_bench_prints_json_lines(suite: Path) -> None:

@@ -146,11 +146,12 @@ def bench_page(
     body, left = [], DETAILS
     for standing in standings:
         body.append(f"<h2>{text(standing.data)}</h2>{_standing(standing)}{_charts(standing, colours)}")
-        cells = _in_order(standing)
-        body += [_details(cell, folder, room, is_open=not number) for number, cell in enumerate(cells[: max(0, left)])]
-        if len(cells) > max(0, left):
-            body.append(f"<p class=soft>{len(cells) - max(0, left)} cells are left out here; cells/ has them.</p>")
-        left -= len(cells)
+        places = _in_order(standing)
+        shown = places[: max(0, left)]
+        body += [_details(place, folder, room, is_open=not number) for number, place in enumerate(shown)]
+        if len(places) > len(shown):
+            body.append(f"<p class=soft>{len(places) - len(shown)} cells are left out here; cells/ has them.</p>")
+        left -= len(places)
     if room.left_out:
         body.append(f"<p class=soft>{counted(room.left_out, 'picture')} left out: a page holds {pictures}.</p>")
     facts = ", ".join(
@@ -264,16 +265,16 @@ def _millions(cell: Cell) -> float | None:
     return cell.facts["parameters"] / 1e6 if "parameters" in cell.facts else None
 
 
-def _in_order(standing: Standing) -> list[Cell]:
-    """Return the measured cells, those of each protocol by their values."""
+def _in_order(standing: Standing) -> list[Place]:
+    """Return the places of the measured cells, those of each protocol by their values."""
     columns = [sorted(standing.column(one), key=lambda place: -place.value) for one in standing.protocols]
-    return [place.cell for column in columns for place in column]
+    return [place for column in columns for place in column]
 
 
-def _details(cell: Cell, folder: Path, room: Pictures, is_open: bool) -> str:
+def _details(place: Place, folder: Path, room: Pictures, is_open: bool) -> str:
+    cell = place.cell
     assert cell.report is not None
-    metric, value, _ = cell.report.headline
-    title = f"{name(cell.backbone)}, {name(cell.protocol)}: {metric} {value:.4f}"
+    title = f"{name(cell.backbone)}, {name(cell.protocol)}: {place.label} {place.value:.4f}"
     inside = cell_details(cell.report, _test_store(cell, folder), room)
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>{inside}</details>"
 

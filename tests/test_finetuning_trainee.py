@@ -13,7 +13,7 @@ from torch import nn
 from embedkit.backbones import Backbone
 from embedkit.backbones.copies import fresh_network, trainable_network
 from embedkit.errors import BackboneError, FinetuneError
-from embedkit.finetuning.blocks import blocks_of, freeze_body, list_states, set_trainable, trainable_at
+from embedkit.finetuning.blocks import blocks_of, list_states, set_trainable, trainable_at
 from embedkit.finetuning.layers import make_layers
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.saving import save_backbone
@@ -70,7 +70,7 @@ def test_a_trainee_begins_as_its_backbone_and_leaves_it_alone(backbone: Backbone
 
 def test_a_frozen_body_changes_no_parameter_and_no_statistic(backbone: Backbone, crops: torch.Tensor) -> None:
     trainee = make_trainee(backbone, 3, Recipe(freeze_norm=False))
-    freeze_body(trainee)
+    trainee.set_trainable(())
     trainee.train()
     before = state(trainee)
     learn(trainee, crops)
@@ -126,7 +126,7 @@ def test_nothing_is_dropped_in_frozen_parts(crops: torch.Tensor) -> None:
     set_trainable(trainee, blocks, Recipe(unfreeze="last-1"), 1)
     dropping = [name for name, module in trainee.named_modules() if "drop_path" in name and module.training]
     assert {name.split(".")[3] for name in dropping} == {"5"}
-    freeze_body(trainee)
+    trainee.set_trainable(())
     assert torch.equal(trainee.train()(crops), trainee.eval()(crops))
 
 

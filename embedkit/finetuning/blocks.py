@@ -128,11 +128,6 @@ def set_trainable(trainee: Trainee, blocks: Sequence[Block], recipe: Recipe, epo
     trainee.train()
 
 
-def freeze_body(trainee: Trainee) -> None:
-    """Freeze everything but the head: parameters, statistics of batch normalisation, and whatever draws by chance."""
-    trainee.set_trainable(())
-
-
 def list_states(trainee: Trainee, recipe: Recipe) -> list[BlockState]:
     """Return what learns and what does not, block by block, with the head as the last row.
 

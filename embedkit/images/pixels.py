@@ -260,13 +260,16 @@ def _kept_ratio(
 def _centred(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Cut the centre out of pixels, filling where they are smaller than the target: with the mean around a border."""
     target = preprocessing.img_size
-    border = preprocessing.mean if preprocessing.crop_mode == "border" else (0, 0, 0)
-    cut = np.empty((*target, 3), dtype=np.uint8)
-    cut[...] = [round(255 * colour) for colour in border]
     (rows, to_rows), (columns, to_columns) = (
         _centre(have, want) for have, want in zip(pixels.shape, target, strict=False)
     )
-    cut[to_rows, to_columns] = pixels[rows, columns]
+    found = np.array(pixels[rows, columns])  # In one piece, and without the rest of the image.
+    if found.shape[:2] == target:
+        return found
+    border = preprocessing.mean if preprocessing.crop_mode == "border" else (0, 0, 0)
+    cut = np.empty((*target, 3), dtype=np.uint8)
+    cut[...] = [round(255 * colour) for colour in border]
+    cut[to_rows, to_columns] = found
     return cut
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from embedkit.errors import SpecMismatchError, StoreFormatError
 
+BUNDLED = "nano"  # The backbone in the box: its architecture with other weights is another one, so it has a name.
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -115,6 +117,15 @@ class EmbeddingSpec:
     def digest(self) -> str:
         """SHA-256 of the spec's canonical JSON, as 64 hexadecimal digits."""
         return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Architecture and tag, as timm writes them."""
+        return f"{self.backbone}.{self.tag}".rstrip(".")
+
+    def name_of(self, recipe: Mapping[str, Any]) -> str:
+        """Return what people call the backbone that a recipe loads: its name, after that of the one in the box."""
+        return f"{BUNDLED} ({self.name})" if recipe.get("model") == BUNDLED else self.name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values."""

@@ -15,11 +15,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import embedkit as ek
-from embedkit.backbones import BUNDLED
 from embedkit.backbones import bundled as box
 from embedkit.cli import main
 from embedkit.finetuning.distillation.students import make_student
-from embedkit.spec import Preprocessing
+from embedkit.spec import BUNDLED, Preprocessing
 
 ROOT = Path(__file__).parents[1]
 BOX = Path(str(files("embedkit.backbones") / BUNDLED))
@@ -97,6 +96,8 @@ def test_extract_takes_it_and_says_so_in_one_line(photos: Path, tmp_path: Path, 
     assert "nano" in line and "-m vit_small_patch14_dinov2.lvd142m" in line and "embedkit models" in line
     assert "no -m" not in silent.stdout
     assert f"backbone   nano ({nano.spec.backbone})\n" in invoke("info", tmp_path / "s.h5").stdout
+    invoke("search", tmp_path / "s.h5", "--id", "cat/1.jpg", "--html", tmp_path / "near.html", "-q")
+    assert f"nano ({nano.spec.backbone})" in (tmp_path / "near.html").read_text()
     assert ek.Store.open(tmp_path / "s.h5").digest == nano.spec.digest
     named = invoke("extract", photos, "-o", tmp_path / "s.h5", "-m", "nano")
     assert "no -m" not in named.stderr and "nothing to compute" in named.stdout

@@ -5,7 +5,6 @@ The only room that uses timm. A backbone eats images, so it may use the images r
 
 from embedkit.backbones.arguments import device_names
 from embedkit.backbones.backbone import Backbone
-from embedkit.backbones.bundled import BUNDLED
 from embedkit.backbones.catalogue import ModelInfo, list_models
 from embedkit.backbones.choosing import Choice, Trial
 from embedkit.backbones.engines import ENGINES, Engine
@@ -14,7 +13,6 @@ from embedkit.backbones.streaming import Batch, Seconds, Steps, in_batches, stre
 from embedkit.backbones.timm_import import import_timm
 
 __all__ = [
-    "BUNDLED",
     "ENGINES",
     "Backbone",
     "Batch",

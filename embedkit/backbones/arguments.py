@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedkit.backbones.bundled import BUNDLED
 from embedkit.backbones.engines import DTYPES
 from embedkit.backbones.network import check_views
 from embedkit.backbones.presets import PRESETS
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
 from embedkit.images import CROP_MODES, DECODERS, INTERPOLATIONS, TRUNCATED
-from embedkit.spec import EmbeddingSpec, Preprocessing
+from embedkit.spec import BUNDLED, EmbeddingSpec, Preprocessing
 
 _DEFAULTS: dict[str, Any] = {
     "pool": "default", "exif": True, "arch_kwargs": {}, "decode": "standard", "precision": "fp32", "views": [],

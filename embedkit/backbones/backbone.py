@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from embedkit.backbones import arguments as given
-from embedkit.backbones.bundled import BUNDLED
 from embedkit.backbones.choosing import Choice, choose
 from embedkit.backbones.engines import Engine
 from embedkit.backbones.loading import Source, build, resolve, weights_sha256
@@ -29,7 +28,7 @@ from embedkit.backbones.reading import Reader
 from embedkit.backbones.streaming import embed_many, is_one_image, with_threads
 from embedkit.errors import BackboneError
 from embedkit.images import MAX_PIXELS
-from embedkit.spec import EmbeddingSpec, Preprocessing
+from embedkit.spec import BUNDLED, EmbeddingSpec, Preprocessing
 
 
 class Backbone:
@@ -245,8 +244,7 @@ class Backbone:
     @property
     def description(self) -> str:
         """One line for people: name, width, pixels, device."""
-        pixels, name = self.preprocessing, f"{self.spec.backbone}.{self.spec.tag}".rstrip(".")
-        name = f"{BUNDLED} ({name})" if self.recipe.get("model") == BUNDLED else name
+        pixels, name = self.preprocessing, self.spec.name_of(self.recipe)
         return (
             f"{name}, {self.dim} wide, {' x '.join(map(str, pixels.img_size))} px ({pixels.crop_mode} crop "
             f"{pixels.crop_pct:g}, {pixels.interpolation}), {self.spec.pool} pooling, on {self.device}"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedkit.errors import BackboneError
-
-BUNDLED = "nano"
+from embedkit.spec import BUNDLED
 
 
 def bundled_sidecar() -> Path:

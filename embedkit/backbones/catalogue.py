@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from embedkit.backbones.bundled import BUNDLED, bundled_facts
+from embedkit.backbones.bundled import bundled_facts
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
+from embedkit.spec import BUNDLED
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from embedkit.backbones.bundled import BUNDLED, bundled_sidecar
+from embedkit.backbones.bundled import bundled_sidecar
 from embedkit.backbones.catalogue import closest
 from embedkit.backbones.timm_import import import_timm
 from embedkit.errors import BackboneError
+from embedkit.spec import BUNDLED
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_JSON_BYTES = 64 << 20  # A million class names.

@@ -176,7 +176,7 @@ def _name(spec: EmbeddingSpec, recipe: Mapping[str, Any]) -> str:
     arch = recipe.get("arch")
     if not spec.tag and isinstance(arch, str) and arch.partition(".")[0] == spec.backbone:
         return arch
-    return f"{spec.backbone}.{spec.tag}".rstrip(".")
+    return spec.name
 
 
 def _same(found: Any, wanted: Any) -> bool:

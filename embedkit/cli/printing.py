@@ -329,13 +329,10 @@ def info_text(store: Store) -> str:
     """Return what `embedkit info` shows to people."""
     summary = store.summary()
     spec, information = summary["spec"], summary["information"]
-    name = f"{spec['backbone']}.{spec['tag']}".rstrip(".")
-    if store.recipe.get("model") == "nano":  # Whose architecture with other weights is another backbone.
-        name = f"nano ({name})"
     lines = [
         f"{printable(summary['path'])}",
         f"  rows       {summary['rows']:,} x {summary['dim']} {summary['dtype']} ({summary['bytes'] / 1e6:,.1f} MB)",
-        f"  backbone   {printable(name)}",
+        f"  backbone   {printable(store.spec.name_of(store.recipe))}",
         f"  made       {printable(str(information.get('created', 'unknown')))}",
         f"  root       {printable(str(information.get('root', 'unknown')))}",
         f"  digest     {printable(summary['digest'])}",

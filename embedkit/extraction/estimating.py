@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from embedkit.backbones import BUNDLED, Backbone, Steps, in_batches, stream, usable_processors
+from embedkit.backbones import Backbone, Steps, in_batches, stream, usable_processors
 from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.computing import read_entry
 from embedkit.extraction.extracting import checked_layers, inventory_of, listed
 from embedkit.extraction.reporting import peak_memory
 from embedkit.images import Data, Header, read_header
 from embedkit.sources import Entry, Listing
+from embedkit.spec import BUNDLED
 from embedkit.store import Store
 from embedkit.store.knowledge import gather_known
 from embedkit.store.knowledge import unchanged as unchanged_entries

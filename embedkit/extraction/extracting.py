@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedkit.backbones import BUNDLED, Backbone, Choice, device_names, in_batches, log_differences, usable_processors
+from embedkit.backbones import Backbone, Choice, device_names, in_batches, log_differences, usable_processors
 from embedkit.errors import BackboneError, ImageError
 from embedkit.extraction.admission import admitted
 from embedkit.extraction.computing import Job, compute, compute_parts, read_entry, sample_crops
@@ -23,6 +23,7 @@ from embedkit.extraction.devices import compute_on_devices
 from embedkit.extraction.progress import Progress
 from embedkit.extraction.reporting import engine_line, write_report
 from embedkit.sources import Entry, Listing, content_sha256, list_images, list_memory
+from embedkit.spec import BUNDLED
 from embedkit.store import Inventory, Run, Store, Update
 from embedkit.store.format import is_layer_name
 from embedkit.text import counted

@@ -103,8 +103,7 @@ def _save(job: Job, history: History) -> None:
 
 def _parent(backbone: Backbone) -> dict[str, str]:
     spec = backbone.spec
-    name = f"{spec.backbone}.{spec.tag}".rstrip(".")
-    return {"name": name, "digest": spec.digest, "weights_sha256": spec.weights_sha256}
+    return {"name": spec.name, "digest": spec.digest, "weights_sha256": spec.weights_sha256}
 
 
 def _judged(job: Job, adapted: Backbone, after: Store | None) -> Report:

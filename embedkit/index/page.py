@@ -69,7 +69,8 @@ def search_page(
     )
     title = f"{len(queries)} {'query' if len(queries) == 1 else 'queries'} in {_text(store.path.name)}"
     searched = f"{SCORE_NAMES[result.metric]}, exact" if facts is None else facts
-    about = f"{counted(len(store), 'image')}, {_text(store.spec.backbone)}, {store.dim} wide, {_text(searched)}"
+    name = store.spec.name_of(store.recipe)
+    about = f"{counted(len(store), 'image')}, {_text(name)}, {store.dim} wide, {_text(searched)}"
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n'

@@ -138,7 +138,7 @@ class Store:
         return len(self._matrix)
 
     def __repr__(self) -> str:
-        return f"<Store {self.path}: {len(self)} x {self.dim}, {self.spec.backbone}>"
+        return f"<Store {self.path}: {len(self)} x {self.dim}, {self.spec.name_of(self.recipe)}>"
 
     @property
     def dim(self) -> int:

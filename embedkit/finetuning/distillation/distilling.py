@@ -375,6 +375,6 @@ def _finish(
 
 def _described(spec: EmbeddingSpec) -> dict[str, Any]:
     return {
-        "name": f"{spec.backbone}.{spec.tag}".rstrip("."), "dim": spec.dim, "digest": spec.digest,
+        "name": spec.name, "dim": spec.dim, "digest": spec.digest,
         "img_size": list(spec.preprocessing.img_size), "weights_sha256": spec.weights_sha256,
     }  # fmt: skip

@@ -149,5 +149,4 @@ def _verdict(store: Store, split: str | os.PathLike[str] | None, seed: int) -> V
     linear = probe(store, split=split, folds=folds, seed=seed).metrics
     # The folds' own report has one head.
     nearest = linear["knn_top1"] if split else probe(store, head="knn", folds=folds, seed=seed).metrics["top1"]
-    name = f"{store.spec.backbone}.{store.spec.tag}".rstrip(".")
-    return Verdict(name, store.dim, float(linear["top1"]), float(nearest))
+    return Verdict(store.spec.name_of(store.recipe), store.dim, float(linear["top1"]), float(nearest))

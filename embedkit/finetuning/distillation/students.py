@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedkit.backbones import BUNDLED, Backbone
+from embedkit.backbones import Backbone
 from embedkit.backbones.arguments import usable_device
 from embedkit.backbones.copies import fresh_network, trainable_network
 from embedkit.backbones.network import Network
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.trainee import Trainee
-from embedkit.spec import EmbeddingSpec, Preprocessing
+from embedkit.spec import BUNDLED, EmbeddingSpec, Preprocessing
 
 
 @dataclass(frozen=True, eq=False)

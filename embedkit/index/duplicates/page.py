@@ -67,7 +67,7 @@ def duplicates_page(found: Duplicates | Leaks, *, groups: int = GROUPS, members:
         sections = (_group_section(found[number], members, size) for number in range(min(groups, count)))
     body = "".join(sections)
     more = f'<p class="more">and {count - groups:,} more, which this page leaves out</p>' if count > groups else ""
-    facts = f"{counted(len(of), 'image')}, {_text(of.spec.backbone)}, {_text(str(found.threshold))}"
+    facts = f"{counted(len(of), 'image')}, {_text(of.spec.name_of(of.recipe))}, {_text(str(found.threshold))}"
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n'

@@ -96,7 +96,7 @@ def test_extract_takes_it_and_says_so_in_one_line(photos: Path, tmp_path: Path, 
     assert "nano" in line and "-m vit_small_patch14_dinov2.lvd142m" in line and "embedkit models" in line
     assert "no -m" not in silent.stdout
     assert f"backbone   nano ({nano.spec.backbone})\n" in invoke("info", tmp_path / "s.h5").stdout
-    invoke("search", tmp_path / "s.h5", "--id", "cat/1.jpg", "--html", tmp_path / "near.html", "-q")
+    invoke("search", tmp_path / "s.h5", "--id", "cat/1.jpg", "--html", tmp_path / "near.html")
     assert f"nano ({nano.spec.backbone})" in (tmp_path / "near.html").read_text()
     assert ek.Store.open(tmp_path / "s.h5").digest == nano.spec.digest
     named = invoke("extract", photos, "-o", tmp_path / "s.h5", "-m", "nano")

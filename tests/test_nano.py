@@ -112,8 +112,9 @@ def test_the_store_of_one_folder_has_a_name_by_itself(
     monkeypatch.chdir(tmp_path)
     invoke("extract", photos, "-q")
     assert len(ek.Store.open(tmp_path / "photos.h5")) == 24
-    for sources in ([photos, photos / "cat"], [photos / "cat" / "1.jpg"], [tmp_path / "missing"]):
+    for sources in ([photos, photos / "cat"], [photos / "cat" / "1.jpg"]):
         assert "name the store with -o" in invoke("extract", *sources, code=2).stderr
+    assert "no such" in invoke("extract", tmp_path / "misspelt", code=1).stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos.h5"]
 
 

@@ -27,6 +27,8 @@ from embedkit.cli.options import (
     source_options,
 )
 
+_UNNAMED = "name the store with -o, such as -o photos.h5; only that of one folder has a name by itself"
+
 
 @click.command()
 @click.argument("images", nargs=-1, metavar="[IMAGES]...")
@@ -123,6 +125,8 @@ def extract(
     # Before the backbone, which may be a long download for a name that is misspelt.
     with printing.saying_when_long("listing the images", quiet):
         listing = list_images(*images, **selection, max_bytes=BYTES_A_PIXEL * choices["max_pixels"])
+    if output is None:
+        raise click.UsageError(_UNNAMED)
     arguments, more = backbone_arguments(**choices)
     devices = device_names(device)
     printing.default_model_notice(ctx, quiet)
@@ -152,10 +156,15 @@ def extract(
     ctx.exit(3 if store.failures else 0)
 
 
-def _named_after(images: tuple[str, ...]) -> Path:
-    """Return the store of a folder that nobody has named: in the working folder, after the folder."""
+def _named_after(images: tuple[str, ...]) -> Path | None:
+    """Return the store of a folder that nobody has named: in the working folder, after the folder.
+
+    None for one source that is not there, or is a pattern: whoever lists it says so.
+    """
     if len(images) == 1 and Path(images[0]).is_dir():
         name = os.path.basename(os.path.abspath(images[0]))
         if name:
             return Path(f"{name}.h5")
-    raise click.UsageError("name the store with -o, such as -o photos.h5; only that of one folder has a name by itself")
+    if len(images) != 1 or "://" in images[0] or Path(images[0]).exists():
+        raise click.UsageError(_UNNAMED)
+    return None

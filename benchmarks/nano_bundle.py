@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import embedkit as ek
-from embedkit.backbones.copies import trainable_network
+from embedkit.backbones.network import count_parameters
 
 HERE = Path(__file__).resolve().parents[1]
 BOX = HERE / "embedkit" / "backbones" / "nano"
@@ -63,7 +63,7 @@ def card(run: dict[str, Any], backbone: ek.Backbone, weights: Path, command: str
             }
         },
         "dim": backbone.dim,
-        "parameters": sum(each.numel() for each in trainable_network(backbone).model.parameters()),
+        "parameters": count_parameters(backbone),
         "weights_sha256": backbone.spec.weights_sha256,
         "digest": backbone.spec.digest,
         "licence": LICENCE,

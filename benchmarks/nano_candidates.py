@@ -35,7 +35,7 @@ import numpy as np
 
 import embedkit as ek
 from embedkit.backbones import Steps, in_batches, stream, usable_processors
-from embedkit.backbones.copies import trainable_network
+from embedkit.backbones.network import count_parameters
 from embedkit.evaluation.speeds import machine_name
 
 
@@ -49,7 +49,7 @@ class Candidate:
     @property
     def parameters(self) -> int:
         """Numbers that were learned."""
-        return sum(each.numel() for each in trainable_network(self.backbone).model.parameters())
+        return count_parameters(self.backbone)
 
 
 def candidate(text: str) -> Candidate:

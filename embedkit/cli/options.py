@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
+from embedkit.spec import BUNDLED
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
@@ -211,8 +213,8 @@ NUMBERS = _Numbers(int)
 COUNT_OR_SHARE = _CountOrShare()
 
 model_option = click.option(
-    "-m", "--model", default="nano", show_default=True,
-    help="nano (comes with embedkit), timm name, weight file, JSON sidecar, or folder with one.",
+    "-m", "--model", default=BUNDLED, show_default=True,
+    help=f"{BUNDLED} (comes with embedkit), timm name, weight file, JSON sidecar, or folder with one.",
 )  # fmt: skip
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...; only auto chooses."

@@ -196,7 +196,8 @@ def frame_of(height: int, width: int, preprocessing: Preprocessing) -> tuple[flo
     """
     shares = []
     for have, want in zip(_resized(height, width, preprocessing), preprocessing.img_size, strict=True):
-        start = -((want - have) // 2) if want > have else round((have - want) / 2)
+        kept, place = _centre(have, want)
+        start = kept.start - place.start
         shares.append((start / have, (start + want) / have))
     (top, bottom), (left, right) = shares
     return top, left, bottom, right

@@ -189,6 +189,18 @@ def test_without_held_out_images_the_training_loss_chooses(tmp_path: Path, photo
     assert json.loads((tmp_path / "run" / "backbone.json").read_text())["metrics"] == {}
 
 
+def test_nothing_is_learned_from_copies_of_held_out_images(tmp_path: Path, tiny_backbone: Path) -> None:
+    photos = write_photos(tmp_path / "photos", per_class=6)
+    for path in sorted(photos.rglob("*.jpg")):
+        path.with_name(f"copy-{path.name}").write_bytes(path.read_bytes())
+    recipe = replace(SHORT, epochs=1)
+    distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=SETTINGS, img_size=32)
+    facts = json.loads((tmp_path / "run" / "report.json").read_text())["facts"]
+    assert facts["held_out"] == 5
+    assert facts["images"] % 2 == 0
+    assert 14 <= facts["images"] <= 18  # Of 24 pairs' halves, 3 to 5 pairs are gone whole.
+
+
 def test_of_few_images_one_is_held_out_at_least(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
     settings, recipe = replace(SETTINGS, held_out=0.001), replace(SHORT, epochs=1)
     distill(tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=settings, img_size=32)

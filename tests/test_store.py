@@ -261,6 +261,8 @@ def test_open_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("hello")
     with pytest.raises(StoreFormatError, match="HDF5"):
         Store.open(tmp_path / "text.h5")
+    with pytest.raises(StoreNotFoundError, match=r"is a folder; name a store in it, such as text\.h5"):
+        Store.open(tmp_path)
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["features"] = np.ones(3)
     with pytest.raises(StoreFormatError, match="not an embedkit store"):

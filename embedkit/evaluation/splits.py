@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import EvaluationError
+from embedkit.index.duplicates.grouping import copies_among
 from embedkit.store import Store
 
 # The names under which data sets publish their test part, in order of preference.
@@ -59,13 +60,7 @@ class Part:
 
     def groups(self) -> npt.NDArray[np.int64] | None:
         """Return a number for each row, the same for byte-identical pictures; None where there are no such pictures."""
-        hashes = np.ascontiguousarray(self.store.content_sha256[self.rows])
-        # A store made of arrays has no hashes: zeros stand for them, and say nothing about what is equal.
-        known = hashes.any(axis=1)
-        groups = np.arange(len(hashes), dtype=np.int64)
-        _, first, which = np.unique(hashes[known].view("V32").ravel(), return_index=True, return_inverse=True)
-        groups[known] = np.flatnonzero(known)[first[which]]
-        return None if len(first) == int(known.sum()) else groups
+        return copies_among(self.store, self.rows)
 
     def embeddings(self) -> npt.NDArray[np.float32]:
         """Return the embeddings of the rows, float32 of shape (n, d).

@@ -34,6 +34,7 @@ from embedkit.finetuning.training.history import History
 from embedkit.finetuning.training.losses import METRIC_LOSSES
 from embedkit.finetuning.warmup import warm_up
 from embedkit.heads import save_head
+from embedkit.index.duplicates.grouping import copies_among
 from embedkit.store import Store
 from embedkit.store.locking import now
 from embedkit.text import counted
@@ -76,7 +77,7 @@ def conclude(
     if reextract:
         with job.stage("embedding again", f"{counted(len(job.listing.files), 'image')} by the adapted backbone"):
             after = alone.embed(adapted, job.folder.after, "embedding again", before)
-    trained = _judged(job, adapted, after)
+    trained = _judged(job, adapted, before, after)
     comparison = None
     if before is not None:
         with job.stage("comparison", f"on {counted(len(job.division.test), 'image')} of {job.division.test.name}"):
@@ -106,13 +107,15 @@ def _parent(backbone: Backbone) -> dict[str, str]:
     return {"name": spec.name, "digest": spec.digest, "weights_sha256": spec.weights_sha256}
 
 
-def _judged(job: Job, adapted: Backbone, after: Store | None) -> Report:
+def _judged(job: Job, adapted: Backbone, before: Store | None, after: Store | None) -> Report:
     """Save the head, and return what the trained network says about the images that are compared on."""
     recipe, division = job.recipe, job.division
     if recipe.loss in METRIC_LOSSES:  # Nothing has fitted it yet.
         kind = "probe" if recipe.head == "linear" else "sgd"
-        x, codes, _ = _embeddings(job, adapted, after, division.train)
-        warm_up(job.trainee, x, codes, replace(recipe, warmup=kind, from_scratch=False))
+        x, codes, ids = _embeddings(job, adapted, after, division.train)
+        known = before if after is None else after
+        groups = None if known is None else copies_among(known, np.array([known.index_of(id) for id in ids]))
+        warm_up(job.trainee, x, codes, replace(recipe, warmup=kind, from_scratch=False), groups=groups)
     head = as_estimator(job.trainee.head)
     information = {"made_by": "finetune", "digest": adapted.spec.digest, "recipe": adapted.recipe, "seed": recipe.seed}
     save_head(job.folder.head, head, classes=job.classes, spec=adapted.spec, information=information)

@@ -40,6 +40,7 @@ from embedkit.finetuning.training.recall import RECALL_METRICS, validate_recall
 from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder, WandbRecorder
 from embedkit.finetuning.training.validation import CLASS_METRICS, validate_classes
 from embedkit.finetuning.warmup import warm_up
+from embedkit.index.duplicates.grouping import copies_among
 from embedkit.store import Store
 from embedkit.text import counted, printable, say_nothing
 
@@ -296,8 +297,9 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
         return {"warm-up": "none"}
     train = job.division.train
     with job.stage("warm-up", f"the head ({recipe.head}) on {counted(len(train), 'stored embedding')}, body frozen"):
-        groups = _copies(before, train)
-        found = warm_up(job.trainee, before.rows(ids=train.ids), train.codes, recipe, groups=groups)
+        rows = np.array([before.index_of(id) for id in train.ids], dtype=np.int64)
+        groups = copies_among(before, rows)
+        found = warm_up(job.trainee, before.rows(rows), train.codes, recipe, groups=groups)
     facts = {"warm-up": found.kind, "warm-up rows": found.rows, "warm-up top1 on them": round(found.top1, 4)}
     facts |= {f"warm-up {name}": value for name, value in found.choice.items() if isinstance(value, int | float)}
     answers = as_estimator(job.trainee.head).predict(before.rows(ids=job.division.val.ids))
@@ -307,13 +309,6 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
         write_whole(kept, json.dumps(facts).encode())
         log.info("warm-up: top1 %.4f on its rows, val top1 %.4f", found.top1, facts[WARMUP_TOP1])
     return facts
-
-
-def _copies(store: Store, examples: Examples) -> Rows:
-    """Return a number for each example, the same for those of the same bytes."""
-    hashes = np.ascontiguousarray(store.content_sha256[[store.index_of(id) for id in examples.ids]])
-    groups: Rows = np.unique(hashes.view("V32").ravel(), return_inverse=True)[1].astype(np.int64)
-    return groups if hashes.any() else np.arange(len(examples))
 
 
 def _train(job: Job, recorders: Sequence[Recorder]) -> History:

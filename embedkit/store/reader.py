@@ -90,8 +90,10 @@ class Store:
         # Absolute, so that it also pickles into a process with another working folder.
         store.path = Path(os.path.abspath(path))
         if not store.path.is_file():
-            found = "is a folder" if store.path.is_dir() else "does not exist"
-            raise StoreNotFoundError(f"{path} {found}; make a store with: embedkit extract IMAGES -o STORE")
+            if found := sorted(store.path.glob("*.h5")):  # Of a run, say.
+                raise StoreNotFoundError(f"{path} is a folder; name a store in it, such as {found[0].name}")
+            what = "is a folder" if store.path.is_dir() else "does not exist"
+            raise StoreNotFoundError(f"{path} {what}; make a store with: embedkit extract IMAGES -o STORE")
         # The open file stays the same when a newer store takes its name.
         store._file = ReadOnlyFile(store.path, keep=True)
         try:

@@ -47,6 +47,7 @@ from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
 from embedkit.finetuning.training.loop import resumable, train
 from embedkit.finetuning.training.optimisers import check_optimiser
+from embedkit.index.duplicates.grouping import copies_among
 from embedkit.sources import Listing
 from embedkit.spec import EmbeddingSpec, Preprocessing
 from embedkit.store import Store
@@ -85,7 +86,8 @@ class Distillation:
     distance : {"cosine", "mse"}, default "cosine"
         What is made small.
     held_out : float, default 0.02
-        Share of the images that the best epoch is chosen by, and at most 2,000 of them; nothing is learned from them.
+        Share of the images that the best epoch is chosen by, and at most 2,000 of them; nothing is learned from them,
+        nor from byte-identical copies of them.
 
     Raises
     ------
@@ -291,11 +293,14 @@ def _prepare(
     assert targets is not None
     order = np.random.default_rng([_HELD_OUT, recipe.seed]).permutation(len(kept))
     wanted = max(round(settings.held_out * len(kept)), int(settings.held_out > 0))  # Of few images, one at least.
-    held = min(MAX_VALIDATION, wanted)
-    if len(kept) - held < 2:
+    held, train = np.split(order, [min(MAX_VALIDATION, wanted)])
+    copies = copies_among(stores[0], np.searchsorted(stores[0].images.ids, ids[0, kept]))
+    if copies is not None:
+        train = train[~np.isin(copies[train], copies[held])]
+    if len(train) < 2:
         raise FinetuneError(f"{counted(len(kept), 'image')} of {listing.root} are too few to learn from")
     views = list_views(images, settings.views, settings.smallest_view, recipe.seed)
-    return _Lesson(images, views, targets, np.sort(order[held:]), np.sort(order[:held]), stores)
+    return _Lesson(images, views, targets, np.sort(train), np.sort(held), stores)
 
 
 def _teach(

@@ -72,6 +72,12 @@ def same_content(stores: Sequence[Store]) -> Rows:
     return numbers
 
 
+def copies_among(store: Store, rows: Rows) -> Rows | None:
+    """Return a number for each of some rows, the same for byte-identical pictures; None where no two are."""
+    firsts = firsts_of(same_content([store])[rows])
+    return None if np.array_equal(firsts, np.arange(len(firsts))) else firsts
+
+
 def firsts_of(numbers: Rows) -> Rows:
     """Return for each number the first place where it stands; of -1 its own place."""
     firsts: Rows = np.arange(len(numbers))

@@ -148,9 +148,39 @@ def test_pictures_on_both_sides_are_reported(folder: Path, tmp_path: Path) -> No
     assert (leaks["val"].pairs[0].train_id, leaks["val"].pairs[0].test_id) == (train, val)
 
 
-def test_a_table_of_images_may_be_its_own_split(tmp_path: Path) -> None:
-    for name, header in (("a.csv", "path,label,split"), ("b.csv", "\ufeffpath,split"), ("c.CSV", "split,path,target")):
-        assert own_split(split_file(tmp_path / name, "x.jpg,1,2", header=header)) == tmp_path / name
-    for name, header in (("d.csv", "path,label"), ("e.csv", "path,split,bbox"), ("f.tsv", "path,split"), ("g.csv", "")):
-        assert own_split(split_file(tmp_path / name, header=header)) is None
-    assert own_split(tmp_path / "missing.csv") is None and own_split([1]) is None and own_split(tmp_path) is None
+def test_a_table_with_a_column_of_splits_is_divided_as_it_says(folder: Path, tmp_path: Path) -> None:
+    rows = [(name, number, "val" if number % 5 == 0 else "train") for name in PETS for number in range(9)]
+    lines = [f"{name}/{number}.jpg,{name},{part},web" for name, number, part in rows]
+    table = split_file(tmp_path / "pets.csv", *lines, "cat/9.jpg,cat,,web", header="path,class,split,source")
+    objects = [f'{{"file": "{name}/{number}.jpg", "label": "{name}", "set": "{part}"}}' for name, number, part in rows]
+    other = split_file(tmp_path / "pets.jsonl", *objects[1:], header=objects[0])
+    for path in (table, other):
+        listing = list_images(path, root=folder)
+        found = own_split(path, listing, root=folder)
+        assert found is not None and len(found.parts) == 27
+        division = divide(listing, found)
+        assert not division.made and division.classes == list(PETS)
+        assert (len(division.train), len(division.val)) == (21, 6)
+        assert division.val.ids[:2] == ["cat/0.jpg", "cat/5.jpg"]
+    few = list_images(table, root=folder, include=["cat/*", "dog/*"])
+    assert divide(few, own_split(table, few, root=folder)).classes == ["cat", "dog"]
+
+
+def test_a_table_whose_splits_are_unknown_is_not_divided_by_lot(folder: Path, tmp_path: Path) -> None:
+    lines = [f"{name}/{number}.jpg,{name},fold{number % 3}" for name in PETS for number in range(9)]
+    table = split_file(tmp_path / "pets.csv", *lines, header="path,label,split")
+    listing = list_images(table, root=folder)
+    found = own_split(table, listing, root=folder)
+    with pytest.raises(EvaluationError, match=r"no rows of the split 'train'.*'fold0' \(9 rows\).*--columns split="):
+        divide(listing, found)
+    assert len(divide(listing, found, train_split="fold0", val_split="fold1").val) == 9
+    assert own_split(table, listing, root=folder, columns={"split": ""}) is None
+
+
+def test_what_names_no_splits_has_none(folder: Path, tmp_path: Path) -> None:
+    listing = list_images(folder)
+    for name, header in (("a.csv", "path,label"), ("b.csv", "path,label,split")):
+        table = split_file(tmp_path / name, "cat/1.jpg,cat" + "," * (header.count(",") - 1), header=header)
+        assert own_split(table, listing, root=folder) is None
+    for images in (tmp_path / "missing.csv", [1], folder, "pets=pets.csv"):
+        assert own_split(images, listing) is None

@@ -199,14 +199,14 @@ def finetune(
     selection = source_arguments(choices)
     if others["wandb_offline"] and others["wandb"] is None:
         raise click.UsageError("--wandb-offline keeps what --wandb PROJECT would send; name the project")
-    if splits["split"] is None and len(images) == 1 and not any(selection.values()):
-        splits["split"] = own_split(images[0])
-    if splits["split"] is None and (splits["val_split"] or splits["test_split"] or splits["train_split"] != "train"):
-        raise click.UsageError("--train-split, --val-split and --test-split are names of --split")
     if splits["split"] is not None and any(selection[name] for name in ("sample", "include", "exclude")):
         raise click.UsageError("--split says which images to take; leave --sample, --include and --exclude out")
     with printing.saying_when_long("listing the images", quiet):
         listing = list_images(*images, seed=recipe.seed, **selection)
+    if splits["split"] is None and len(images) == 1:
+        splits["split"] = own_split(images[0], listing, root=selection["root"], columns=selection["columns"])
+    if splits["split"] is None and (splits["val_split"] or splits["test_split"] or splits["train_split"] != "train"):
+        raise click.UsageError("--train-split, --val-split and --test-split are names of --split")
     printing.default_model_notice(ctx, quiet)
     backbone = _load(model, device, choices)
     printing.notice(f"backbone: {backbone.description}", quiet)

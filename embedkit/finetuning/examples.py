@@ -23,12 +23,13 @@ from embedkit.evaluation.probing import MOST_PRODUCTS
 from embedkit.evaluation.splits import Split, split_part
 from embedkit.heads.folding import hold_out
 from embedkit.sources import Entries, Entry, Listing, content_sha256
+from embedkit.sources.kinds import kind_of
+from embedkit.sources.tables import manifest_parts
 from embedkit.store import Store
 from embedkit.text import counted
 
 VAL_SHARE = 0.2  # Of each class, where no split is given.
 VAL_SPLITS = ("val", "valid", "validation", "test")  # What split files call the part that chooses, the first first.
-_HEADER_SIGNS = 1 << 16
 
 Codes = npt.NDArray[np.int64]
 
@@ -186,32 +187,50 @@ class Division:
         return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def own_split(images: Any) -> Path | None:
-    """Return a table of images that is a split file, too: CSV with the columns path and split, and at most label.
+def own_split(
+    images: Any,
+    listing: Listing,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Split | None:
+    """Return the split that a table of images has a column of.
 
     Parameters
     ----------
     images : Any
         What somebody calls their images.
+    listing : Listing
+        Those of them that are taken; its classes are those of the split, too.
+    root, columns
+        How the table was listed.
 
     Returns
     -------
-    Path or None
-        For `divide`.
+    Split or None
+        For `divide`; None where nothing says a split.
+
+    Raises
+    ------
+    ImageError
+        When several columns may be that of the splits.
     """
-    if not isinstance(images, str | os.PathLike) or not os.fspath(images).lower().endswith(".csv"):
+    if not isinstance(images, str | os.PathLike):
         return None
     try:
-        with open(images, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            header = set(next(csv.reader([file.readline(_HEADER_SIGNS)]), []))
-    except (OSError, csv.Error):
-        return None  # Whoever lists the images says what is wrong.
-    return Path(images) if {"path", "split"} <= header <= {"path", "split", "label", "target"} else None
+        if kind_of(os.fspath(images)) != "table":
+            return None
+    except ImageError:  # Of one that was listed under a name of its own, or of several.
+        return None
+    parts = manifest_parts(images, root=root, columns=columns)
+    if not parts:
+        return None
+    return Split(Path(images), {entry.id: parts[entry.id] for entry in listing.files if entry.id in parts})
 
 
 def divide(
     listing: Listing,
-    split: str | os.PathLike[str] | None = None,
+    split: Split | str | os.PathLike[str] | None = None,
     *,
     train_split: str = "train",
     val_split: str | None = None,
@@ -224,9 +243,9 @@ def divide(
     ----------
     listing : Listing
         The images. Where the split file has a column label, its classes win over the listing's.
-    split : path-like, optional
-        A CSV file as `embedkit.evaluation.Split.read` takes it. Without one, a fifth of each class is held out, at
-        least one image where it has two; byte-identical images stay on one side.
+    split : Split or path-like, optional
+        What `own_split` returned, or a CSV file as `embedkit.evaluation.Split.read` takes it. Without one, a fifth of
+        each class is held out, at least one image where it has two; byte-identical images stay on one side.
     train_split : str, default "train"
         Which part of the split file to train on.
     val_split : str, optional
@@ -260,7 +279,7 @@ def divide(
         if (train_split, val_split, test_split) != ("train", None, None):
             raise EvaluationError("names of parts go with a split file; name one with --split, or drop them")
         return _by_lot(listing, seed)
-    read = Split.read(split)
+    read = split if isinstance(split, Split) else Split.read(split)
     names = _part_names(read, train_split, val_split, test_split)
     _require_listed(read, names, listing)
     labels = [
@@ -310,12 +329,14 @@ def _copies(entries: Sequence[Entry]) -> Codes | None:
 def _part_names(split: Split, train: str, val: str | None, test: str | None) -> tuple[str, str, str]:
     """Return what the split file calls the parts to train on, to choose on and to compare on."""
     names = set(split.parts.values())
-    split.require(train)
+    split.require(train, "name one with --train-split, or have lots drawn: leave the split out, --columns split=")
     if val is None:
         val = next((name for name in VAL_SPLITS if name in names and name not in (train, test)), test)
     if val is None:
         found = ", ".join(map(repr, sorted(names)[:10]))
-        raise EvaluationError(f"{split.path} has no split named {', '.join(VAL_SPLITS)}; it has {found}: --val-split")
+        raise EvaluationError(
+            f"{split.path} has no split named {', '.join(VAL_SPLITS)}; it has {found}; name one with --val-split"
+        )
     if test is None:
         test = "test" if "test" in names - {train} else val
     for name, option in ((val, "--val-split"), (test, "--test-split")):

@@ -19,6 +19,7 @@ from embedkit.backbones import Backbone
 from embedkit.errors import EvaluationError, FinetuneError
 from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leaks import Leaks
+from embedkit.evaluation.splits import Split
 from embedkit.extraction import listed
 from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_at
 from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
@@ -55,7 +56,7 @@ def finetune(
     output: str | os.PathLike[str],
     *,
     recipe: Recipe | None = None,
-    split: str | os.PathLike[str] | None = None,
+    split: Split | str | os.PathLike[str] | None = None,
     train_split: str = "train",
     val_split: str | None = None,
     test_split: str | None = None,
@@ -88,9 +89,10 @@ def finetune(
         A folder: the adapted backbone, its head, the split, the stores before and after, and a report.
     recipe : Recipe, optional
         Every setting; by default ``Recipe()``.
-    split : path-like, optional
-        A CSV file with the columns path and split, and optionally label; a table of images may be one. Without one, a
-        fifth of each class is held out by the recipe's seed. Either way the split is recorded in the folder.
+    split : Split or path-like, optional
+        A CSV file with the columns path and split, and optionally label. Without one, a table of images with a column
+        split is divided as that says; of anything else, a fifth of each class is held out by the recipe's seed. Either
+        way the split is recorded in the folder.
     train_split, val_split, test_split : str, optional
         What the split file calls the parts to train on, to choose the best epoch on, and to compare on; see
         `embedkit.finetuning.examples.divide`.
@@ -138,7 +140,8 @@ def finetune(
     >>> ek.extract("more/", "more.h5", adapted)  # doctest: +SKIP
     """
     recipe = _settled(recipe or Recipe())
-    listing, split = listed(images), own_split(images) if split is None else split
+    listing = listed(images)
+    split = own_split(images, listing) if split is None else split
     if isinstance(backbone, str):
         backbone = Backbone.load(backbone)
     folder = RunFolder(output)

@@ -1,6 +1,6 @@
 """Images that a table names."""
 
-from embedkit.sources.tables.manifests import list_manifest
+from embedkit.sources.tables.manifests import list_manifest, manifest_parts
 from embedkit.sources.tables.rows import TABLES
 
-__all__ = ["TABLES", "list_manifest"]
+__all__ = ["TABLES", "list_manifest", "manifest_parts"]

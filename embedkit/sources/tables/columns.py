@@ -52,8 +52,10 @@ class Columns:
         return {"id": self.id, "label": self.label, "split": self.split}.get(role) or 0
 
 
-def choose_columns(table: Table, named: Mapping[str, str], box_format: str | None, *, split: bool) -> Columns:
+def choose_columns(table: Table, named: Mapping[str, str], box_format: str | None, *, split: bool | None) -> Columns:
     """Choose the columns of a table: those that are named, else those of a usual name.
+
+    A column of splits is needed where `split` is true, and read where there is one where it is None.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def choose_columns(table: Table, named: Mapping[str, str], box_format: str | Non
         path = next((name for name in table.columns if _plain(name) in _URL_NAMES), None)
     if path is None:
         raise _missing(table, "path")
-    part = _named(table, named, "split") if split else None
+    part = None if split is False else _named(table, named, "split")
     if split and part is None:
         raise _missing(table, "split")
     id, label = _named(table, named, "id"), _named(table, named, "label")

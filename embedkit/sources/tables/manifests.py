@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -127,12 +127,53 @@ def list_manifest(
     """
     if box_format not in (None, *BOX_FORMATS):
         raise ValueError(f"box_format is one of {', '.join(BOX_FORMATS)}, got {box_format!r}")
+    with _reading(path, root, columns, split is not None, box_format, follow_links, max_bytes) as reading:
+        reading.split = split
+        return reading.listing()
+
+
+def manifest_parts(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, str] | None:
+    """Return the split of each row that names one, by its id in `list_manifest`; None without a column of splits.
+
+    Raises
+    ------
+    ImageError
+        When the table cannot be read, or has not the columns.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from embedkit.sources.tables import manifest_parts
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> file = pathlib.Path(folder.name) / "flowers.csv"
+    >>> _ = file.write_text("image,set" + chr(10) + "a/1.jpg,train" + chr(10) + "a/2.jpg,")
+    >>> manifest_parts(file)
+    {'a/1.jpg': 'train'}
+    >>> folder.cleanup()
+    """
+    with _reading(path, root, columns, None, None, False, MAX_BYTES) as reading:
+        if reading.columns.split is None:
+            return None
+        reading.listing()
+        return {id: part for id, part in zip(reading.ids, reading.parts, strict=True) if part is not None}
+
+
+@contextmanager
+def _reading(
+    path: str | os.PathLike[str], root: str | os.PathLike[str] | None, columns: Mapping[str, str] | None,
+    split: bool | None, box_format: str | None, follow_links: bool, max_bytes: int,
+) -> Iterator[_Reading]:  # fmt: skip
+    """Open a table here or behind a URL, and choose its columns."""
     source = local_path(os.fspath(path))
     place = _root(source, None if root is None else local_path(os.fspath(root)), follow_links, max_bytes)
     with downloaded(source) if is_remote(source) else nullcontext(Path(source)) as file:
         table = open_table(file)
-        found = choose_columns(table, columns or {}, box_format, split=split is not None)
-        return _Reading(table, found, place, split).listing()
+        yield _Reading(table, choose_columns(table, columns or {}, box_format, split=split), place)
 
 
 def _root(source: str, root: str | None, follow_links: bool, max_bytes: int) -> Root:
@@ -151,8 +192,10 @@ def _root(source: str, root: str | None, follow_links: bool, max_bytes: int) -> 
 class _Reading:
     """Reads a table into columns; each of a million rows takes little more than its path."""
 
-    def __init__(self, table: Table, columns: Columns, root: Root, split: str | None) -> None:
-        self.table, self.columns, self.root, self.split = table, columns, root, split
+    def __init__(self, table: Table, columns: Columns, root: Root) -> None:
+        self.table, self.columns, self.root = table, columns, root
+        self.split: str | None = None  # The only one whose rows are taken.
+        self.parts: list[str | None] = []
         self.ids: list[str] = []
         self.paths: list[str] = []
         self.lines, self.codes, self.boxes = array("q"), array("i"), array("i")
@@ -192,8 +235,10 @@ class _Reading:
         if columns.split is not None:
             part = self._text(line, "split", values[columns.split])
             self.splits[part] += 1
-            if part != self.split:
+            if self.split is not None and part != self.split:
                 return
+        else:
+            part = None
         named = self._text(line, "path", values[0])
         if named is None:
             raise BadRowError("it names no path", "missing")
@@ -214,6 +259,8 @@ class _Reading:
         if columns.id is not None:
             self.paths.append(path)
         self.ids.append(id)
+        if columns.split is not None:
+            self.parts.append(part)
         self.lines.append(line)
         if columns.box:
             self.boxes.extend(box or (0, 0, 0, 0))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 import embedkit as ek
@@ -204,6 +205,87 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photo
     parts = values["images"]
     assert parts["train"]["images"] + parts["val"]["images"] == 22
     assert len(ek.Store.open(tmp_path / "run" / "after.h5")) == 22
+
+
+def test_images_that_fail_without_a_store_are_named_too(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for number in (2, 5, 8):
+        (tmp_path / "photos" / "cat" / f"{number}.jpg").write_bytes(b"no picture")
+    recipe = Recipe(epochs=1, batch_size=8, from_scratch=True)
+    ek.finetune(tmp_path / "photos", backbone, tmp_path / "run", recipe=recipe, reextract=False)
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [line.partition(":")[0] for line in values["failures"]] == ["cat/2.jpg", "cat/5.jpg", "cat/8.jpg"]
+
+
+def test_a_store_of_other_pictures_is_refused(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    store = ek.extract(photos, tmp_path / "photos.h5", backbone)
+    shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)  # Of another time, and the same bytes.
+    ek.finetune(tmp_path / "copy", backbone, tmp_path / "run", recipe=Recipe(epochs=0), store=store, reextract=False)
+    shutil.copyfile(photos / "dog" / "3.jpg", tmp_path / "copy" / "cat" / "3.jpg")
+    with pytest.raises(
+        EvaluationError, match=r"made of another picture than the 'cat/3.jpg' of .*copy; bring it up to"
+    ):
+        ek.finetune(tmp_path / "copy", backbone, tmp_path / "other", recipe=Recipe(epochs=0), store=store)
+
+
+def test_other_pictures_of_the_same_names_are_another_run(
+    run: Path, tmp_path: Path, photos: Path, backbone: ek.Backbone
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "cat" / "3.jpg").write_bytes((photos / "dog" / "3.jpg").read_bytes() + b" ")
+    with pytest.raises(FinetuneError, match=r"of other settings.*\n  identity.images: "):
+        ek.finetune(tmp_path / "photos", backbone, run, recipe=RECIPE)
+
+
+def test_a_run_without_embeddings_says_how_to_get_them(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    recipe = Recipe(epochs=0)
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, reextract=False)
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, reextract=False)
+    with pytest.raises(
+        FinetuneError, match=r"ended with --no-reextract; embedkit extract IMAGES -o .*after.h5 -m .*run"
+    ):
+        ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe)
+
+
+def test_overwrite_removes_nothing_that_the_run_begins_with(
+    run: Path, tmp_path: Path, photos: Path, backbone: ek.Backbone
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(FinetuneError, match=r"--overwrite would remove .*run', which this run begins with"):
+        ek.finetune(photos, str(tmp_path / "run"), tmp_path / "run", recipe=RECIPE, overwrite=True)
+    with pytest.raises(FinetuneError, match=r"--overwrite would remove .*before.h5'"):
+        ek.finetune(
+            photos, backbone, tmp_path / "run", recipe=Recipe(epochs=0), store=tmp_path / "run" / "before.h5",
+            overwrite=True,
+        )  # fmt: skip
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == files
+    mended = (tmp_path / "run" / "split.csv").read_text().replace("val", "judge")
+    (tmp_path / "run" / "split.csv").write_text(mended)
+    ek.finetune(
+        photos, backbone, tmp_path / "run", recipe=Recipe(epochs=0), split=tmp_path / "run" / "split.csv",
+        val_split="judge", overwrite=True, reextract=False,
+    )  # fmt: skip
+    assert (tmp_path / "run" / "split.csv").read_text() == mended
+
+
+def test_pictures_that_change_during_a_run_end_it(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    bitmap = tmp_path / "photos" / "cat" / "3.bmp"
+    Image.open(photos / "cat" / "3.jpg").save(bitmap)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, state: object) -> None:
+        if getattr(state, "epoch", 0) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        ek.finetune(tmp_path / "photos", backbone, tmp_path / "run", recipe=RECIPE, progress=stop)
+    Image.open(photos / "dog" / "3.jpg").save(bitmap)  # Of as many bytes.
+    with pytest.raises(FinetuneError, match=r"unfinished run of other settings.*\n  embeddings: "):
+        ek.finetune(tmp_path / "photos", backbone, tmp_path / "run", recipe=RECIPE)
 
 
 def test_progress_names_the_stages(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:

@@ -58,6 +58,8 @@ class Job:
         What decides the weights beside the recipe.
     seconds : dict of str to float
         How long each stage took.
+    failures : dict of str to str
+        Why images could not be read, by their ids.
     """
 
     backbone: Backbone
@@ -72,6 +74,7 @@ class Job:
     criterion: nn.Module
     identity: Mapping[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def listing(self) -> Listing:

@@ -83,8 +83,10 @@ def conclude(
         with job.stage("comparison", f"on {counted(len(job.division.test), 'image')} of {job.division.test.name}"):
             comparison = _compared(job, before, after, trained)
         log.info("%s", comparison.verdict)
-    failures = [f"{failure.id}: {failure.reason}" for failure in job.listing.failures]
-    failures += [] if before is None else [f"{failure.id}: {failure.error}" for failure in before.failures]
+    found = {failure.id: failure.reason for failure in job.listing.failures} | job.failures
+    for store in (after, before):  # Stores say it in the extraction's own words.
+        found |= {} if store is None else {failure.id: failure.error for failure in store.failures}
+    failures = [f"{id}: {found[id]}" for id in sorted(found, key=os.fsencode)]
     account = Account(
         job.folder.path.name or "fine-tuning", _parent(job.backbone), job.recipe, job.division.summary(), warmup,
         history, comparison, leaks, failures, states, job.seconds, _circumstances(job),
@@ -138,6 +140,7 @@ def _embeddings(
         for batch in embed_batches(listing, adapted, workers=job.workers):
             ids += [entry.id for entry in batch.items]
             rows.append(batch.embeddings)
+            job.failures.update({entry.id: error.reason for entry, error in batch.failures})
         x = np.concatenate(rows)
     if not ids:
         raise FinetuneError(f"no image of the part {part.name!r} can be read any more")

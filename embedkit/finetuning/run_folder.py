@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from embedkit.errors import FinetuneError
 from embedkit.evaluation.cells import write_whole
 from embedkit.finetuning.recipe import Recipe
+from embedkit.sources import Entry
 from embedkit.spec import flat
 from embedkit.store.locking import Lock, parts_folder
 
@@ -52,7 +54,10 @@ class RunFolder:
         """Whether the run that was begun here has come to its end."""
         return self.report.is_file()
 
-    def claim(self, recipe: Recipe, identity: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def claim(
+        self, recipe: Recipe, identity: Mapping[str, Any], *, overwrite: bool = False,
+        inputs: Iterable[str | os.PathLike[str]] = (),
+    ) -> None:  # fmt: skip
         """Take the folder for a run, or find that it is this run's already.
 
         Parameters
@@ -63,11 +68,14 @@ class RunFolder:
             What else decides the weights: digests of the backbone and the images.
         overwrite : bool, default False
             Whether another run that is there is removed.
+        inputs : sequence of path-like
+            What the run begins with.
 
         Raises
         ------
         FinetuneError
-            When the folder holds another run, naming the settings that differ, or something else than a run.
+            When the folder holds another run, naming the settings that differ, something else than a run, or what
+            would have to be removed and is begun with.
         """
         if self.path.is_file():
             raise FinetuneError(f"{self.path} is a file; name a folder, which need not exist")
@@ -79,6 +87,7 @@ class RunFolder:
                 self._refuse(differing)
             if not differing and not (overwrite and self.finished):
                 return  # This very run, which goes on.
+            self._require_apart(inputs)
             self._clear()
         strange = sorted(name for name in self._names() if not name.startswith("."))
         if strange and not ours:
@@ -121,13 +130,30 @@ class RunFolder:
             f"these differ:{''.join(differing[:SHOWN])}{more}"
         )
 
+    def _require_apart(self, inputs: Iterable[str | os.PathLike[str]]) -> None:
+        own = self.path.resolve()
+        for one in inputs:
+            place = Path(one).resolve()
+            if place.exists() and (place == own or own in place.parents):
+                raise FinetuneError(
+                    f"--overwrite would remove {os.fspath(one)!r}, which this run begins with; name another folder"
+                )
+
     def _clear(self) -> None:
-        """Remove a run, and nothing that is none."""
+        """Remove a run, and nothing that is none; its split, which may be the one that was asked for, is replaced."""
         for name in _FOLDERS:
             if (self.path / name).is_dir() and not (self.path / name).is_symlink():
                 shutil.rmtree(self.path / name)
-        for name in (*_FILES[1:], _FILES[0]):  # What says whose folder it is, last.
+        for name in (*_FILES[2:], _FILES[0]):  # What says whose folder it is, last.
             (self.path / name).unlink(missing_ok=True)
+
+
+def images_sha256(entries: Iterable[Entry]) -> str:
+    """Return a hash of what images are called and of how many bytes they have: another one is another run."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry.id}\0{entry.status()[0]}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import nn
 
 from embedkit.backbones import Backbone
-from embedkit.errors import EvaluationError, FinetuneError
+from embedkit.errors import EvaluationError, FinetuneError, ImageError
 from embedkit.evaluation.cells import write_whole
 from embedkit.evaluation.leaks import Leaks
 from embedkit.evaluation.splits import Split
@@ -29,7 +29,7 @@ from embedkit.finetuning.layers import as_estimator
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
-from embedkit.finetuning.run_folder import RunFolder, read_object
+from embedkit.finetuning.run_folder import RunFolder, images_sha256, read_object
 from embedkit.finetuning.trainee import Trainee, make_trainee
 from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
@@ -42,6 +42,7 @@ from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder
 from embedkit.finetuning.training.validation import CLASS_METRICS, validate_classes
 from embedkit.finetuning.warmup import warm_up
 from embedkit.index.duplicates.grouping import copies_among
+from embedkit.sources import content_sha256
 from embedkit.store import Store
 from embedkit.text import counted, printable, say_nothing
 
@@ -152,10 +153,12 @@ def finetune(
         job = _prepared(backbone, recipe, division, folder, world, workers, progress or say_nothing)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
         given = _checked_store(job, store)
-        if _claimed(job, overwrite):
+        if _claimed(job, overwrite, given, reextract):
             return job.adapted()
         wanted = reextract or recipe.warmup_kind != "none"
         before = _embed_before(job, wanted=wanted) if given is None else given
+        if before is not None:  # Pictures that were replaced since an epoch was learned from are another run.
+            job = replace(job, identity={**job.identity, "embeddings": before.content_id})
         job = replace(job, division=_readable(job, before))
         leaks = _leaks(job, before)
         warmup = _warm_up(job, before)
@@ -221,7 +224,8 @@ def _prepared(
 ) -> Job:  # fmt: skip
     """Return the job, after finding out whatever cannot work: rather now than after hours."""
     trainee, blocks, criterion = make_ready(backbone, recipe, len(division.classes))
-    identity = {"backbone": backbone.spec.digest, "images": division.sha256}
+    images = images_sha256(entry for part in division.parts for entry in part.entries)
+    identity = {"backbone": backbone.spec.digest, "images": images, "division": division.sha256}
     return Job(backbone, recipe, division, folder, world, workers, watch, trainee, blocks, criterion, identity)
 
 
@@ -233,11 +237,17 @@ def _recorders(job: Job, tensorboard: bool, wandb: str | None, offline: bool) ->
     return found + ([WandbRecorder(job.folder.path, wandb, settings, offline=offline)] if wandb else [])
 
 
-def _claimed(job: Job, overwrite: bool) -> bool:
+def _claimed(job: Job, overwrite: bool, given: Store | None, reextract: bool) -> bool:
     """Take the folder, and return whether all is done there already."""
     if job.world.first:
         log.info("%s", job.division.to_text())
-        job.folder.claim(job.recipe, job.identity, overwrite=overwrite)
+        inputs = [str(job.backbone.recipe["model"]), *([] if given is None else [str(given.path)])]
+        job.folder.claim(job.recipe, job.identity, overwrite=overwrite, inputs=inputs)
+        if job.folder.finished and reextract and not job.folder.after.exists():
+            raise FinetuneError(
+                f"{job.folder.path}: this run ended with --no-reextract; embedkit extract IMAGES -o {job.folder.after} "
+                f"-m {job.folder.path} embeds the images by its backbone, and --overwrite repeats the run and compares"
+            )
         if job.folder.finished:
             log.info("%s: this run is finished already; --overwrite repeats it", job.folder.path)
             forget(job.folder.path)
@@ -260,7 +270,29 @@ def _checked_store(job: Job, given: Store | str | os.PathLike[str] | None) -> St
             f"{store.path} lacks {counted(len(missing), 'image')}, such as {missing[0]!r}; bring it up to date "
             "with embedkit extract, or leave --store out"
         )
+    other = _other_picture(job, store)
+    if other is not None:
+        raise EvaluationError(
+            f"{store.path} was made of another picture than the {other!r} of {job.listing.root}; bring it up to date "
+            "with embedkit extract, or leave --store out"
+        )
     return store
+
+
+def _other_picture(job: Job, store: Store) -> str | None:
+    """Return the id of an image that is no longer what the store was made of."""
+    known = store.images
+    rows = {id: row for row, id in enumerate(store.ids)}
+    for entry in (entry for part in job.division.parts for entry in part.entries if entry.id in rows):
+        row = rows[entry.id]
+        if entry.status() == (known.sizes[row], known.mtimes_ns[row]) or not known.content_sha256[row].any():
+            continue
+        try:
+            if content_sha256(entry.read()) != known.content_sha256[row].tobytes():
+                return entry.id
+        except ImageError:
+            continue  # The decoder will say so.
+    return None
 
 
 def _embed_before(job: Job, *, wanted: bool) -> Store | None:
@@ -327,15 +359,18 @@ def _train(job: Job, recorders: Sequence[Recorder]) -> History:
         return list(class_batches(division.train.codes, recipe.batch_size * world.size, seed=recipe.seed, epoch=epoch))
 
     metric = recipe.loss in METRIC_LOSSES
-    val, judge = feed(division.val), _judge(metric)
+    learnt, val = feed(division.train, class_steps if metric else None), feed(division.val)
+    judge = _judge(metric)
     learning = sum(state.trainable for state in list_states(job.trainee, recipe)) if recipe.epochs else 0
     with job.stage("training", f"{counted(recipe.epochs, 'epoch')}, {learning:,} parameters learn"):
-        return train(
-            job.trainee, feed(division.train, class_steps if metric else None), recipe, job.folder.path,
+        history = train(
+            job.trainee, learnt, recipe, job.folder.path,
             blocks=job.blocks, criterion=job.criterion, validate=lambda trainee: judge(trainee, val, world=world),
             identity=job.identity, world=world, recorders=recorders,
             progress=lambda moment: job.watch("training", moment),
         )  # fmt: skip
+    job.failures.update({failure.id: failure.reason for part in (learnt, val) for failure in part.failures})
+    return history
 
 
 def _judge(metric: bool) -> Callable[..., dict[str, float]]:

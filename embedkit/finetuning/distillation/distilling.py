@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -39,7 +38,7 @@ from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.feeding.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.run_folder import RunFolder
+from embedkit.finetuning.run_folder import RunFolder, images_sha256
 from embedkit.finetuning.saving import save_backbone
 from embedkit.finetuning.trainee import Trainee
 from embedkit.finetuning.training.checkpoints import forget
@@ -256,13 +255,10 @@ def _identity(
     student: Student, teachers: Sequence[Backbone], listing: Listing, settings: Distillation
 ) -> dict[str, Any]:
     """Return what decides the student's weights beside the recipe."""
-    images = hashlib.sha256()
-    for file in listing.files:
-        images.update(f"{file.id}\0{file.status()[0]}\n".encode("utf-8", "surrogateescape"))
     return {
         "student": student.spec.digest,
         "teachers": [teacher.spec.digest for teacher in teachers],
-        "images": images.hexdigest(),
+        "images": images_sha256(listing.files),
         "distillation": asdict(settings),
     }
 

@@ -24,7 +24,6 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.images import MAX_PIXELS, Region, read_crop
 from embedkit.sources import Entry
 from embedkit.spec import Preprocessing
-from embedkit.text import counted
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
@@ -137,8 +136,8 @@ class Feed:
         batches: Callable[[int], Sequence[Rows]] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if len(entries) < world:
-            raise FinetuneError(f"{counted(len(entries), 'image')} cannot be shared by {counted(world, 'process')}")
+        if not len(entries):
+            raise FinetuneError("there are no images to feed a network with")
         if codes is not None and len(codes) != len(entries):
             raise FinetuneError(f"{len(entries)} images cannot have {len(codes)} classes; expected one for each")
         if not 0 <= rank < world:

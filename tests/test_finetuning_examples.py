@@ -6,7 +6,8 @@ import pytest
 
 from embedkit.errors import EvaluationError
 from embedkit.evaluation.splits import Split
-from embedkit.finetuning.examples import divide, leaks_across, own_split
+from embedkit.finetuning.dividing import divide, own_split
+from embedkit.finetuning.examples import leaks_across
 from embedkit.sources import ImageFile, Listing, list_images
 from embedkit.spec import EmbeddingSpec
 from embedkit.store import Store, StoreWriter
@@ -184,3 +185,20 @@ def test_what_names_no_splits_has_none(folder: Path, tmp_path: Path) -> None:
         assert own_split(table, listing, root=folder) is None
     for images in (tmp_path / "missing.csv", [1], folder, "pets=pets.csv"):
         assert own_split(images, listing) is None
+
+
+def test_classes_that_are_numbers_or_several_labels_are_noticed(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [f"{name}/{number}.jpg" for name in PETS for number in range(9)]
+    for name, label in (
+        ("n", lambda k: str(k % 3 / 4)),
+        ("s", lambda k: ("red", "red;round")[k % 2]),
+        ("c", lambda k: str(k % 2)),
+    ):
+        split_file(tmp_path / f"{name}.csv", *(f"{id},{label(k)}" for k, id in enumerate(ids)), header="path,target")
+    with pytest.raises(EvaluationError, match=r"the classes are numbers such as 0.25, and fine-tuning learns classes"):
+        divide(list_images(tmp_path / "n.csv", root=folder))
+    assert divide(list_images(tmp_path / "c.csv", root=folder)).classes == ["0", "1"] and not caplog.text
+    divide(list_images(tmp_path / "s.csv", root=folder))
+    assert "1 of 2 classes look like several labels, such as 'red;round'" in caplog.text

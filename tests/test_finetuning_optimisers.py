@@ -42,6 +42,8 @@ def test_every_block_learns_at_the_rate_that_was_asked_for(trainee: Trainee) -> 
         for name in block.parameters:
             assert found[name]["lr"] == pytest.approx(1e-3 * 0.5**depth)
     assert found["head.weight"]["lr"] == found["head.bias"]["lr"] == 1e-2
+    scratch = groups_by_parameter(trainee, parameter_groups(trainee, blocks, replace(RECIPE, from_scratch=True)))
+    assert {scratch[name]["lr"] for block in blocks for name in block.parameters} == {1e-3}
 
 
 def test_what_the_embedding_does_not_depend_on_is_in_no_group() -> None:

@@ -213,6 +213,8 @@ def test_unfreeze_names_blocks_modules_or_parameters(backbone: Backbone) -> None
     assert names(trainee, unfreeze="layer1.0.conv1.weight") == {"layer1.0.conv1.weight"}
     with pytest.raises(FinetuneError, match=r"layer9 names nothing in this backbone; its blocks are: conv1 \+ bn1, "):
         names(trainee, unfreeze="layer9")
+    with pytest.raises(FinetuneError, match=r"--unfreeze layer9\* names nothing in this backbone"):
+        names(trainee, unfreeze="layer4, layer9*")
 
 
 def test_a_pattern_names_no_longer_number() -> None:

@@ -39,7 +39,10 @@ _HEAD_OPTIONS = [
         "--warmup", type=click.Choice(["auto", "probe", "sgd", "none"]), default="auto", show_default=True,
         help="How the head is fitted on the frozen body; auto: a linear one by the probe, an MLP by steps.",
     ),
-    click.option("--head-epochs", type=int, default=30, show_default=True, help="Of --warmup sgd, over the store."),
+    click.option(
+        "--head-epochs", type=int, default=30, show_default=True,
+        help="Of --warmup sgd, over the store; at least 200 updates.",
+    ),
     click.option(
         "--unfreeze", default="all", show_default=True, metavar="WHAT",
         help="all, none, last-N blocks, or a pattern of names such as blocks.5*.",
@@ -184,7 +187,7 @@ def finetune(
     DIR can be used wherever a backbone is, as -m DIR, and DIR/head is a head for embedkit predict. An interrupted run
     goes on after its last epoch when the same command is given again. docs/finetuning.md says more.
     """
-    from embedkit.finetuning.examples import own_split
+    from embedkit.finetuning.dividing import own_split
     from embedkit.finetuning.stages import finetune as adapt
     from embedkit.sources import list_images
 
@@ -251,7 +254,7 @@ def _preview(
     as_json: bool | None,
 ) -> None:  # fmt: skip
     """Print what would learn, unless `as_json` is None, and write the page of samples where one is wanted."""
-    from embedkit.finetuning.examples import divide
+    from embedkit.finetuning.dividing import divide
 
     division = divide(listing, seed=recipe.seed, **splits)
     if as_json is not None:

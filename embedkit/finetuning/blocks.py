@@ -163,9 +163,13 @@ def list_states(trainee: Trainee, recipe: Recipe) -> list[BlockState]:
 def _thaws(blocks: Sequence[Block], recipe: Recipe) -> list[tuple[frozenset[str], int]]:
     """Return what learns of each block, which may be nothing, and from which epoch on."""
     chosen = [_chosen(block, recipe) for block in blocks]
-    if not any(chosen) and recipe.unfreeze != "none":
+    lost = None if any(chosen) or recipe.unfreeze == "none" else recipe.unfreeze
+    for pattern in _patterns(recipe):
+        if not any(_matches(name.removeprefix(_BODY), pattern) for block in blocks for name in block.parameters):
+            lost = pattern
+    if lost is not None:
         raise FinetuneError(
-            f"--unfreeze {recipe.unfreeze} names nothing in this backbone; its blocks are: "
+            f"--unfreeze {lost} names nothing in this backbone; its blocks are: "
             f"{', '.join(block.name for block in blocks)}; a pattern is the name of a module or parameter, and * "
             "stands for anything, such as blocks.5* or *norm*"
         )
@@ -181,8 +185,15 @@ def _chosen(block: Block, recipe: Recipe) -> frozenset[str]:
         return frozenset()
     if unfreeze == "all" or (last != unfreeze and last.isdecimal()):
         return frozenset(names)
-    patterns = [pattern.strip() for pattern in unfreeze.split(",")]
+    patterns = _patterns(recipe)
     return frozenset(name for name in names if any(_matches(name.removeprefix(_BODY), each) for each in patterns))
+
+
+def _patterns(recipe: Recipe) -> list[str]:
+    """Return the patterns of names that a recipe unfreezes by."""
+    if recipe.unfreeze in ("all", "none") or recipe.unfreeze.startswith("last-"):
+        return []
+    return [pattern.strip() for pattern in recipe.unfreeze.split(",")]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -34,7 +34,7 @@ class Recipe:
         How the head is fitted on the frozen body's stored embeddings: by the linear probe, by gradient steps, or not
         at all; "auto" takes the probe for a linear head and steps for an MLP.
     head_epochs : int, default 30
-        Passes over the stored embeddings of a warm-up by steps.
+        Passes over the stored embeddings of a warm-up by steps; more of a small store, until there were 200 updates.
     unfreeze : str, default "all"
         What learns after the warm-up beside the head: ``all``, ``none``, ``last-N`` blocks, or a pattern (several with
         commas between them) of module or parameter names, such as ``blocks.5*`` or ``*norm*``.
@@ -61,7 +61,8 @@ class Recipe:
     body_lr, head_lr : float, default 3e-4 and 1e-3
         Learning rates of the last block and of the head.
     layer_decay : float, default 0.75
-        Each block's learning rate as a share of that of the block behind it; 1 gives all blocks one rate.
+        Each block's learning rate as a share of that of the block behind it; 1 gives all blocks one rate, which they
+        always have from scratch.
     weight_decay : float, default 0.05
         Of weights; norms and biases have none.
     sched : {"constant", "cosine", "exponential", "step", "plateau", "one-cycle"}, default "cosine"

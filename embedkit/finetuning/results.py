@@ -70,6 +70,9 @@ def conclude(
     reextract : bool
         Whether the images are embedded again.
     """
+    # A run that was resumed has spent the time of all its epochs.
+    spent = sum(row.seconds for row in history.epochs)
+    job.seconds["training"] = round(max(job.seconds.get("training", 0.0), spent), 3)
     states = [asdict(state) for state in list_states(job.trainee, job.recipe)]
     _save(job, history)
     alone = replace(job, world=World())  # The other processes wait.

@@ -22,7 +22,8 @@ from embedkit.evaluation.leaks import Leaks
 from embedkit.evaluation.splits import Split
 from embedkit.extraction import listed
 from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_at
-from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
+from embedkit.finetuning.dividing import divide, own_split
+from embedkit.finetuning.examples import Division, Examples, leaks_across
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.job import Job, Watcher
 from embedkit.finetuning.layers import as_estimator
@@ -96,7 +97,7 @@ def finetune(
         way the split is recorded in the folder.
     train_split, val_split, test_split : str, optional
         What the split file calls the parts to train on, to choose the best epoch on, and to compare on; see
-        `embedkit.finetuning.examples.divide`.
+        `embedkit.finetuning.dividing.divide`.
     store : Store or path-like, optional
         Embeddings of these images by this backbone, so that they need not be made.
     reextract : bool, default True
@@ -125,7 +126,7 @@ def finetune(
         When the recipe asks for what this backbone cannot do, the folder holds another run (naming the settings that
         differ), the loss is no number any more (with what to try), or memory does not hold a single image.
     EvaluationError
-        When there are no classes or no honest split; see `embedkit.finetuning.examples.divide`.
+        When there are no classes or no honest split; see `embedkit.finetuning.dividing.divide`.
     SpecMismatchError
         When `store` was made otherwise.
     StoreBusyError

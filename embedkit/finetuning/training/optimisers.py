@@ -31,7 +31,7 @@ def parameter_groups(
     blocks : sequence of Block
         Of the network, from its input to its end.
     recipe : Recipe
-        Its `body_lr`, `layer_decay`, `head_lr` and `weight_decay`.
+        Its `body_lr`, `layer_decay` (not from scratch), `head_lr` and `weight_decay`.
     criterion : nn.Module, optional
         A loss, whose parameters learn like the head's.
 
@@ -49,8 +49,9 @@ def parameter_groups(
     """
     named = dict(trainee.named_parameters())
     exempt = _never_decaying(trainee)
+    decay = 1.0 if recipe.from_scratch else recipe.layer_decay  # Random blocks know nothing to be kept.
     rates = {
-        name: (block.name, recipe.body_lr * recipe.layer_decay ** (len(blocks) - 1 - place))
+        name: (block.name, recipe.body_lr * decay ** (len(blocks) - 1 - place))
         for place, block in enumerate(blocks)
         for name in block.parameters
     }

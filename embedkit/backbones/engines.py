@@ -17,6 +17,7 @@ import torch
 
 from embedkit.backbones.float32 import whole_float32
 from embedkit.backbones.network import Network
+from embedkit.backbones.padding import with_fixed_padding
 from embedkit.errors import BackboneError
 
 Pixels = npt.NDArray[np.uint8]
@@ -98,7 +99,8 @@ def graph(network: Network, batch_size: int, precision: str = "fp32") -> Engine:
         warnings.simplefilter("ignore")  # TorchScript is no longer developed; nothing newer is as fast here.
         torch.jit.enable_onednn_fusion(True)
         try:
-            traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))  # type: ignore[no-untyped-call]
+            fixed = with_fixed_padding(network, example)
+            traced = torch.jit.freeze(torch.jit.trace(fixed, example, check_trace=False))  # type: ignore[no-untyped-call]
             for _ in range(2):
                 traced(example)  # It is compiled in its first passes.
         finally:

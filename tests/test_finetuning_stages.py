@@ -158,7 +158,7 @@ def test_damaged_descriptions_are_named(run: Path, tmp_path: Path, photos: Path,
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / "recipe.json").write_text(text)
-        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes"):
+        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes: .*; name .*, or remove .*run"):
             ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, overwrite=True)
         assert (tmp_path / "run" / "model.safetensors").exists()
 

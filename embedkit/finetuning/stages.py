@@ -314,13 +314,11 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
 
 def _kept_facts(path: Path) -> dict[str, Any]:
     """Return how the head of a run that goes on was fitted."""
-    facts = read_object(path)
+    advice = f"remove the folder {path.parent} to begin the run again"
+    facts = read_object(path, advice)
     top1 = facts.get(WARMUP_TOP1, 0.0)
     if type(top1) not in (int, float) or not 0 <= top1 <= 1:
-        raise FinetuneError(
-            f"{path} is not what a run writes: its {WARMUP_TOP1} is {top1!r}; remove the folder {path.parent} to begin "
-            "the run again"
-        )
+        raise FinetuneError(f"{path} is not what a run writes: its {WARMUP_TOP1} is {top1!r}; {advice}")
     return facts
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,8 +160,9 @@ class Recipe:
                 raise FinetuneError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name, (text, fits) in _RANGES.items():
             value = getattr(self, name)
-            if not (-_LARGEST <= value <= _LARGEST and fits(value)):
-                limit = f"{text}, and no larger than 2^53" if fits(value) else text
+            most, words = (_LARGEST, "no larger than 2^53") if _KINDS[name] is int else (sys.float_info.max, "finite")
+            if not (fits(value) and value <= most):
+                limit = f"{text}, and {words}" if fits(value) else text
                 raise FinetuneError(f"{name} must be {limit}; got {reprlib.repr(value)}")
         hidden_units(self.head)
         _check_pairs(self)

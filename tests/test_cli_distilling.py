@@ -83,6 +83,20 @@ def test_a_file_of_settings_is_a_command_that_can_be_committed(
         ("a: &a [1]\nb: *a", "aliases"),
         ("epochs: {a: 1}", "a list of these"),
         ("epochs: [", "not a YAML file"),
+        ("epochs: [1, 2]", "bad.yaml: epochs takes one value, and not a list; got [1, 2]"),
+        ("img-size: [64]", "bad.yaml: img_size takes one value"),
+        ("hflip: [0.5]", "bad.yaml: hflip takes one value"),
+        ("sample: [3]", "bad.yaml: sample takes one value"),
+        ("student: [a, b]", "bad.yaml: student takes one value"),
+        ("columns: 3", "bad.yaml: columns: '3' is not of the form key=value"),
+        ("columns: [path=a, 3]", "bad.yaml: columns: '3' is not of the form key=value"),
+        ("epochs: true", "bad.yaml: epochs is not true or false"),
+        ("hflip: yes", "bad.yaml: hflip is not true or false"),
+        ("student: on", "bad.yaml: student is not true or false; put it in quotes"),
+        ("epochs: 2.7", "bad.yaml: epochs: '2.7' is not a valid integer"),
+        ("img-size: 4", "bad.yaml: img_size: 4 is not in the range x>=8"),
+        ("distance: 3", "bad.yaml: distance: '3' is not one of 'cosine', 'mse'"),
+        ("project: 5", "bad.yaml: project is true or false; got 5"),
         ("x" * (1 << 17), "larger than"),
     ],
 )
@@ -91,9 +105,44 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, wo
     path.write_text(text)
     result = run("photos", "--config", path, "-o", tmp_path / "run")
     assert result.exit_code == 2
-    assert words in result.output.replace("\n", " ")
+    assert words in result.output.replace("\n", " ") and "bad.yaml" in result.output
+
+
+def test_a_file_that_is_no_settings_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("- a\n")
     with pytest.raises(ValueError, match=r"bad\.yaml"):
         read_settings(path, {"epochs"})
+
+
+def parsed(*arguments: object) -> dict[str, object]:
+    """Return the values of the command's options."""
+    parent = click.Context(main, info_name="embedkit", **main.context_settings)
+    return distill.make_context("distill", list(map(str, arguments)), parent=parent).params
+
+
+def test_settings_are_read_as_they_would_be_typed(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "teacher: 5\nstudent: 7\nteacher-stores: 5\nbody-lr: 1e-3\nhead-lr: 0.1\nepochs: 3\nsample: 9\nproject: true\n"
+        "freeze_norm: no\ncolumns: path=a\ninclude: [a, b]\n"
+    )
+    found = parsed("photos", "--config", path, "-o", tmp_path / "run")
+    expected = {
+        "teachers": ("5",), "student": "7", "teacher_stores": Path("5"), "body_lr": 1e-3, "head_lr": 0.1, "epochs": 3,
+        "sample": 9, "project": True, "freeze_norm": False, "columns": {"path": "a"}, "include": ("a", "b"),
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_the_settings_of_nano_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDKIT_DATA", "/x")
+    path = Path(__file__).parents[1] / "configs" / "nano.yaml"
+    found = parsed("photos", "--config", path, "-o", tmp_path / "run")
+    assert (found["student"], found["img_size"], found["body_lr"], found["freeze_norm"], found["precision"]) == (
+        "/x/weights/tf_mobilenetv3_small_100.tf_in1k.json", 112, 0.001, True, "fp16",
+    )  # fmt: skip
+    assert len(found["teachers"]) == 4  # type: ignore[arg-type]
 
 
 def test_places_in_settings_are_said_by_the_environment(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_settings_reach_the_recipe() -> None:
     [
         (("--head", "forest"), "there is no head 'forest'"),
         (("--epochs", "-1"), "epochs must be"),
+        (("--head-epochs", "1" * 400), "head_epochs must be at least 1, and no larger than 2^53"),
+        (("--mixup", "inf"), "mixup must be between 0 and"),
         (("--hflip", "2"), "hflip must be between 0 and 1"),
         (("--scale", "0.9", "0.2"), "crop_scale is two shares"),
         (("--from-scratch", "--lora", "4"), "from scratch"),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import embedkit as ek
 from embedkit.errors import FinetuneError
+from embedkit.extraction import Progress
 from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation, distill
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
@@ -309,3 +310,36 @@ def test_a_student_with_weights_begins_with_the_projection_that_fits_best(
     # The teacher itself reproduces the teacher, for a ridge of few images nearly; random weights do not.
     assert rows_of(tmp_path / "own")[0]["val_cosine"] > 0.9
     assert rows_of(tmp_path / "new")[0]["val_cosine"] < 0.5
+
+
+def test_training_images_that_are_gone_once_the_teachers_saw_them_are_named(
+    tmp_path: Path, tiny_backbone: Path
+) -> None:
+    photos = write_photos(tmp_path / "photos", per_class=6)
+
+    def spoil(what: str, state: object) -> None:
+        if isinstance(state, Progress) and state.done == state.total:  # The teacher is through.
+            for path in photos.rglob("*.jpg"):
+                path.write_bytes(b"no image")
+
+    with pytest.raises(FinetuneError, match="none of the 10 training images can be read any more"):
+        distill(
+            tiny_backbone, ek.Backbone.load(tiny_backbone), photos, tmp_path / "run", recipe=SHORT, settings=SETTINGS,
+            progress=spoil,
+        )  # fmt: skip
+
+
+def test_a_validation_that_is_no_number_does_not_take_the_student_away(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    recipe = replace(
+        SHORT, epochs=1, batch_size=32, opt="momentum", momentum=0.0, head_lr=1e36, body_lr=0.0, sched="constant",
+        warmup_epochs=0.0,
+    )  # fmt: skip
+    settings, folder = replace(SETTINGS, distance="mse"), tmp_path / "run"
+    distill(tiny_backbone, "test_resnet", photos, folder, recipe=recipe, settings=settings, img_size=32)
+    (row,) = rows_of(folder)
+    assert not np.isfinite(row["val_loss"])
+    report = json.loads((folder / "report.json").read_text())
+    assert "loss" not in report["metrics"] and report["history"]["epochs"][0]["metrics"]["loss"] is None
+    assert ek.Backbone.load(folder).dim == 96

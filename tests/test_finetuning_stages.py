@@ -20,7 +20,9 @@ from safetensors.numpy import load_file
 import embedkit as ek
 from embedkit.errors import EvaluationError, FinetuneError, SpecMismatchError
 from embedkit.finetuning import Augmentation, Recipe
+from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.run_folder import RunFolder
+from embedkit.finetuning.training.history import Moment
 from embedkit.heads import load_head
 
 RECIPE = Recipe(epochs=2, batch_size=8, augmentation=Augmentation(hflip=0.5))
@@ -36,6 +38,20 @@ def run(photos: Path, backbone: ek.Backbone, tmp_path_factory: pytest.TempPathFa
     """A finished run. Not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "pets"
     ek.finetune(photos, backbone, folder, recipe=RECIPE, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(photos: Path, backbone: ek.Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted in its second epoch. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "half"
+
+    def interrupt(what: str, state: object) -> None:
+        if isinstance(state, Moment) and state.epoch == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ek.finetune(photos, backbone, folder, recipe=RECIPE, workers=2, progress=interrupt)
     return folder
 
 
@@ -143,9 +159,21 @@ def test_damaged_descriptions_are_named(run: Path, tmp_path: Path, photos: Path,
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / "recipe.json").write_text(text)
-        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes"):
+        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes: .*; name .*, or remove .*run"):
             ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, overwrite=True)
         assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("top1", ["<b>", None, True, -1, [0.5]])
+def test_a_warm_up_that_is_no_number_is_named_before_hours_are_spent(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, half: Path, top1: object
+) -> None:
+    shutil.copytree(half, tmp_path / "run")
+    kept = tmp_path / "run" / "state" / "warmup.json"
+    facts = json.loads(kept.read_bytes())
+    kept.write_text(json.dumps(facts | {WARMUP_TOP1: top1}))
+    with pytest.raises(FinetuneError, match=r"warmup\.json is not what a run writes: its .* remove the folder .*state"):
+        ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, workers=2)
 
 
 def test_warm_up_alone_changes_no_weight_of_the_body(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:

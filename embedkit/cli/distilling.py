@@ -94,8 +94,27 @@ def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) ->
         if "teachers" in values:
             raise click.UsageError(f"{path}: teacher and teachers are one setting; keep one")
         values["teachers"] = values.pop("teacher")
-    several = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    ctx.default_map = {name: several[name] if kinds[name].multiple else value for name, value in values.items()}
+    ctx.default_map = {name: _configured(ctx, kinds[name], path, name, value) for name, value in values.items()}
+
+
+def _configured(ctx: click.Context, option: click.Option, path: Path, name: str, value: Any) -> Any:
+    """Return what a file says for an option as it would be typed; raise UsageError where it cannot be meant."""
+    if isinstance(value, list) and not option.multiple:
+        raise click.UsageError(f"{path}: {name} takes one value, and not a list; got {value!r}")
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise click.UsageError(f"{path}: {name} is true or false; got {value!r}")
+        return value
+    typed = []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, bool):
+            raise click.UsageError(f"{path}: {name} is not true or false; put it in quotes if it is a name")
+        try:
+            option.type.convert(str(each), option, ctx)
+        except click.BadParameter as error:
+            raise click.UsageError(f"{path}: {name}: {error.message}") from error
+        typed.append(str(each))
+    return typed if option.multiple else typed[0]
 
 
 def _options(command: Command) -> Command:

@@ -93,7 +93,7 @@ class Account:
             if len(report.classes) > MATRIX_CLASSES:
                 metrics["confusion"] = None
             values[label] = metrics
-        plain: dict[str, Any] = _finite(json.loads(json.dumps(values)))
+        plain: dict[str, Any] = finite(json.loads(json.dumps(values)))
         return plain
 
     def _reports(self) -> Iterator[tuple[str, Report]]:
@@ -104,12 +104,24 @@ class Account:
             yield "after", found.after
 
 
-def _finite(value: Any) -> Any:
-    """Return a JSON value with null in place of numbers that JSON does not know."""
+def finite(value: Any) -> Any:
+    """Return a JSON value with null in place of numbers that JSON does not know, infinity and NaN.
+
+    Parameters
+    ----------
+    value : JSON value
+        Tuples count as lists.
+
+    Examples
+    --------
+    >>> from embedkit.finetuning.report_page import finite
+    >>> finite({"loss": [0.5, float("nan")]})
+    {'loss': [0.5, None]}
+    """
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -328,7 +329,7 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
     """Fit the head to the stored embeddings, and return how; where a run goes on, how it was."""
     recipe, kept = job.recipe, state_folder(job.folder.path) / "warmup.json"
     if resumable(job.folder.path, job.identity, recipe, world=job.world):
-        return read_object(kept) if kept.is_file() else {}
+        return _kept_facts(kept) if kept.is_file() else {}
     if before is None or recipe.warmup_kind == "none" or recipe.loss in METRIC_LOSSES:
         return {"warm-up": "none"}
     train = job.division.train
@@ -344,6 +345,16 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
         kept.parent.mkdir(exist_ok=True)
         write_whole(kept, json.dumps(facts).encode())
         log.info("warm-up: top1 %.4f on its rows, val top1 %.4f", found.top1, facts[WARMUP_TOP1])
+    return facts
+
+
+def _kept_facts(path: Path) -> dict[str, Any]:
+    """Return how the head of a run that goes on was fitted."""
+    advice = f"remove the folder {path.parent} to begin the run again"
+    facts = read_object(path, advice)
+    top1 = facts.get(WARMUP_TOP1, 0.0)
+    if type(top1) not in (int, float) or not 0 <= top1 <= 1:
+        raise FinetuneError(f"{path} is not what a run writes: its {WARMUP_TOP1} is {top1!r}; {advice}")
     return facts
 
 

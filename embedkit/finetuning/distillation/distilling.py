@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.feeding.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.report_page import finite
 from embedkit.finetuning.run_folder import RunFolder, images_sha256
 from embedkit.finetuning.saving import save_backbone
 from embedkit.finetuning.trainee import Trainee
@@ -339,9 +341,13 @@ def _fit_first(trainee: Trainee, lesson: _Lesson, pixels: Preprocessing, recipe:
     embeddings, targets = [], []
     with torch.no_grad():
         for batch in feed.validation():
+            if not len(batch.rows):
+                continue
             device = next(trainee.parameters()).device
             embeddings.append(trainee.embed(batch.pixels.to(device)).cpu())
             targets.append(torch.from_numpy(lesson.targets.rows(numbers[batch.rows.numpy()])))
+    if not embeddings:
+        raise FinetuneError(f"none of the {len(numbers):,} training images can be read any more: {feed.failures[0]}")
     fit_projection(trainee, torch.cat(embeddings), torch.cat(targets))
 
 
@@ -350,7 +356,8 @@ def _finish(
     precision: str,
 ) -> None:  # fmt: skip
     """Write the backbone and the report, and remove what a resumed run would have needed."""
-    metrics = dict(history.best.metrics) if history.best else {}
+    measured = history.best.metrics if history.best else {}
+    metrics = {name: value for name, value in measured.items() if math.isfinite(value)}  # Others are none of JSON's.
     facts = {
         "images": len(lesson.train), "held_out": len(lesson.held), "views": settings.views,
         "seconds": round(sum(row.seconds for row in history.epochs)), "machine": machine_name(),
@@ -366,7 +373,7 @@ def _finish(
     account = {
         "metrics": metrics, "student": _described(taught), "began_with": begun, "facts": facts,
         "teachers": [_described(store.spec) for store in lesson.stores], "settings": asdict(settings),
-        "recipe": recipe.to_dict(), "history": history.to_dict(),
+        "recipe": recipe.to_dict(), "history": finite(history.to_dict()),
     }  # fmt: skip
     height, width = student.spec.preprocessing.img_size
     title = f"{student.spec.backbone} at {width} x {height} pixels"

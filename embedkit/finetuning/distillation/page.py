@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,9 @@ def _training(history: History, teachers: int) -> str:
     names = [name for name in rows[-1].metrics if name.startswith("cosine")]
     if names:
         lines = [
-            Line(name, [(row.epoch, row.metrics[name]) for row in rows if name in row.metrics], 1 + number)
+            Line(
+                name, [(row.epoch, row.metrics[name]) for row in rows if _is_number(row.metrics.get(name))], 1 + number
+            )
             for number, name in enumerate(names)
         ]
         caption = "cosine with the teachers on images held out" if teachers > 1 else "cosine with the teacher"
@@ -76,6 +79,10 @@ def _training(history: History, teachers: int) -> str:
         f"<h2>Training</h2><div class=charts>{''.join(charts)}</div><p class=soft>{text(note + stopped)}</p>"
         f"<details><summary>{counted(len(rows), 'epoch')}</summary>{_epochs(rows, names)}</details>"
     )
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _figure(caption: str, lines: Sequence[Line], label: str, mark: float | None) -> str:

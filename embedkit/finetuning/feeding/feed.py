@@ -33,6 +33,23 @@ Box = tuple[int, int, int, int]
 _ORDER, _IMAGE, _MIX = 1, 2, 3
 
 
+def chances_of(seed: int, epoch: int, row: int, repeat: int = 0) -> np.random.Generator:
+    """Return what an image's variant is drawn from.
+
+    Parameters
+    ----------
+    seed : int
+        The recipe's.
+    epoch : int
+        From 1.
+    row : int
+        Which of a feed's entries it is.
+    repeat : int, default 0
+        How often it has come before in this epoch.
+    """
+    return np.random.default_rng([_IMAGE, seed, epoch, row, repeat])
+
+
 @dataclass(frozen=True)
 class TrainBatch:
     """Images to learn from.
@@ -173,7 +190,7 @@ class Feed:
         augmentation, seed = self.recipe.augmentation, self.recipe.seed
 
         def decode(data: Any, place: _Place) -> Pixels:
-            random = np.random.default_rng([_IMAGE, seed, number, place.row, place.repeat])
+            random = chances_of(seed, number, place.row, place.repeat)
             id = self.entries[place.row].id
             return read_variant(data, self.preprocessing, augmentation, random, id=id, max_pixels=self.max_pixels)
 

@@ -34,7 +34,7 @@ from embedkit.finetuning.distillation.students import (
 )
 from embedkit.finetuning.distillation.targets import Targets, build_targets
 from embedkit.finetuning.distillation.teachers import common_ids, embed_views, load_teachers, open_stores
-from embedkit.finetuning.distillation.views import check_views, list_views, view_id
+from embedkit.finetuning.distillation.views import check_views, list_views, name_views, view_id
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.feeding.ordering import in_steps
@@ -230,10 +230,11 @@ def distill(
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
+            kind = name_views(settings.views, settings.smallest_view, recipe.seed)
             if world.first:
-                embed_views(views, known, places, workers=workers, progress=progress)
+                embed_views(views, known, places, kind=kind, workers=workers, progress=progress)
             world.wait()  # The others find whole stores.
-            found = open_stores(known, places)
+            found = open_stores(known, places, kind)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
             history, projection = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:

@@ -181,6 +181,13 @@ def test_unreadable_images_make_exit_code_3(photos: Path, tiny_backbone: Path, t
     import shutil
 
     shutil.copytree(photos, tmp_path / "photos")
-    (tmp_path / "photos" / "cat" / "2.jpg").write_bytes(b"no picture")
+    for number in range(1, 6):
+        (tmp_path / "photos" / "cat" / f"{number}.jpg").write_bytes(b"no picture")
     command = ("-m", tiny_backbone, "-o", tmp_path / "run", "--epochs", 0, "--no-reextract", "--device", "cpu")
-    assert "failed: cat/2.jpg" in run(tmp_path / "photos", *command, code=3).stderr
+    said = run(tmp_path / "photos", *command, code=3).stderr
+    assert "failed: cat/3.jpg" in said and "failed: cat/4.jpg" not in said
+    assert f"... and 2 more: embedkit info {tmp_path / 'run' / 'before.h5'} --failures" in said
+    for number in (2, 3, 4, 5):
+        shutil.copy(photos / "cat" / f"{number}.jpg", tmp_path / "photos" / "cat")
+    one = run(tmp_path / "photos", *command, "--overwrite", code=3).stderr
+    assert f"embedkit info {tmp_path / 'run' / 'before.h5'} --failures lists them" in one and "more" not in one

@@ -220,7 +220,7 @@ def finetune(
             **others,
         )  # fmt: skip
     if not follows():
-        ctx.exit(_print_report(output, as_json=as_json, quiet=quiet))
+        ctx.exit(_print_report(output, store, as_json=as_json, quiet=quiet))
 
 
 def follows() -> bool:
@@ -285,7 +285,7 @@ def _print_blocks(division: Division, backbone: Backbone, recipe: Recipe, as_jso
     click.echo("\n".join(align_columns(rows, "<>>>")))
 
 
-def _print_report(output: Path, *, as_json: bool, quiet: bool) -> int:
+def _print_report(output: Path, store: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Print what a run bought, and return the exit code."""
     from embedkit.finetuning.comparison import BeforeAfter
     from embedkit.finetuning.run_folder import RunFolder
@@ -300,6 +300,6 @@ def _print_report(output: Path, *, as_json: bool, quiet: bool) -> int:
         click.echo(BeforeAfter.from_dict(values["comparison"]).to_text(), nl=False)
     printing.notice(f"backbone: {output}; head: {folder.head}; page: {folder.page}", quiet)
     failures = list(values.get("failures") or ())
-    for failure in failures[: printing.SHOWN_FAILURES]:
-        printing.notice(f"failed: {failure}", quiet)
+    made = next((path for path in (folder.before, store) if path is not None and path.is_file()), None)
+    printing.failed_images(failures, int(values.get("failed") or len(failures)), made, quiet)
     return 3 if failures else 0

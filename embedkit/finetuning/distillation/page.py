@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def distillation_page(account: Mapping[str, Any]) -> str:
     str
         HTML that needs no other file and asks no network, light and dark.
     """
-    title, history = account.get("title", account["student"]["name"]), History.from_dict(account["history"])
+    title, history = account.get("title", account["student"]["name"]), _history(account["history"])
     teachers = ", ".join(teacher["name"] for teacher in account["teachers"])
     parts = [
         _backbones(account), _judgement(account.get("judgement")), _training(history, len(account["teachers"])),
@@ -43,6 +44,15 @@ def distillation_page(account: Mapping[str, Any]) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</html>\n"
     )
+
+
+def _history(values: Mapping[str, Any]) -> History:
+    """Return the epochs of a report, where null stands for a metric that was no number."""
+    rows = [
+        {**row, "metrics": {name: math.nan if value is None else value for name, value in row["metrics"].items()}}
+        for row in values["epochs"]
+    ]
+    return History.from_dict({**values, "epochs": rows})
 
 
 def _backbones(account: Mapping[str, Any]) -> str:
@@ -80,7 +90,9 @@ def _training(history: History, teachers: int) -> str:
     names = [name for name in rows[-1].metrics if name.startswith("cosine")]
     if names:
         lines = [
-            Line(name, [(row.epoch, row.metrics[name]) for row in rows if name in row.metrics], 1 + number)
+            Line(
+                name, [(row.epoch, row.metrics[name]) for row in rows if _is_number(row.metrics.get(name))], 1 + number
+            )
             for number, name in enumerate(names)
         ]
         caption = "cosine with the teachers on images held out" if teachers > 1 else "cosine with the teacher"
@@ -91,6 +103,10 @@ def _training(history: History, teachers: int) -> str:
         f"<h2>Training</h2><div class=charts>{''.join(charts)}</div><p class=soft>{text(note + stopped)}</p>"
         f"<details><summary>{counted(len(rows), 'epoch')}</summary>{_epochs(rows, names)}</details>"
     )
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _figure(caption: str, lines: Sequence[Line], label: str, mark: float | None) -> str:

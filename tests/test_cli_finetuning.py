@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,15 @@ def test_a_dry_run_counts_what_learns_and_writes_nothing(photos: Path, tiny_back
     assert sum(row["frozen"] for row in found) == 0
 
 
+def test_a_dry_run_of_a_loss_that_trains_no_head_says_so(photos: Path, tiny_backbone: Path) -> None:
+    command = (photos, "-m", tiny_backbone, "--dry-run", "--loss", "supcon", "--unfreeze", "last-1", "--device", "cpu")
+    lines = [line.split() for line in run(*command).stdout.splitlines()]
+    assert ["head", "194", "0", "afterwards"] in lines
+    found = [json.loads(row) for row in run(*command, "--json").stdout.splitlines()]
+    assert found[-1] == {"name": "head", "frozen": 194, "trainable": 0, "from_epoch": 0}
+    assert int(lines[-1][2].replace(",", "")) == sum(row["trainable"] for row in found) > 0
+
+
 def test_figures_are_not_kept_for_no_project(photos: Path, tiny_backbone: Path) -> None:
     assert "name the project" in run(photos, "-m", tiny_backbone, "--dry-run", "--wandb-offline", code=2).output
 
@@ -164,6 +175,26 @@ def test_a_run_prints_the_comparison_and_its_places(photos: Path, tiny_backbone:
         main, ["probe", str(tmp_path / "run" / "after.h5"), "--split", str(tmp_path / "run" / "split.csv"), "-q"]
     )
     assert probed.exit_code == 0 and "linear top1" in probed.stdout
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_ctrl_c_says_that_the_run_goes_on(photos: Path, tiny_backbone: Path, tmp_path: Path, command: str) -> None:
+    class Impatient(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("epoch 1 of 3"):
+                signal.raise_signal(signal.SIGINT)
+
+    kind = ["-m"] if command == "finetune" else ["--student", "test_resnet", "--img-size", 32, "--teacher"]
+    arguments = [command, photos, *kind, tiny_backbone, "-o", tmp_path / "run", "-b", 8, "--epochs", 3]
+    log, handler = logging.getLogger("embedkit"), Impatient()
+    log.addHandler(handler)
+    try:
+        result = CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
+    finally:
+        log.removeHandler(handler)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("interrupted; the same command goes on after the last whole epoch\n")
+    assert (tmp_path / "run" / "state").is_dir()
 
 
 def test_the_options_are_those_of_the_function() -> None:

@@ -11,7 +11,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.finetuning import follows
-from embedkit.cli.learning import learning_options
+from embedkit.cli.learning import learning_options, saying_that_it_goes_on
 from embedkit.cli.options import (
     FILE,
     KEY_VALUE,
@@ -187,7 +187,7 @@ def distill(
     known = None if judge is None else _judge(judge, judge_split)  # Before hours of teaching.
     with printing.saying_when_long("listing the images", quiet):
         listing = list_images(*images, seed=recipe.seed, **source_arguments(choices))
-    with printing.StageBars(quiet) as bars:
+    with saying_that_it_goes_on(), printing.StageBars(quiet) as bars:
         backbone = teach(
             teachers, student, listing, output, settings=settings, recipe=recipe, img_size=img_size,
             arch_kwargs=arch_kwargs, stores=teacher_stores, project=project, precision=precision, device=device,

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
+
+
+@contextmanager
+def saying_that_it_goes_on() -> Iterator[None]:
+    """Let Ctrl-C say that a run is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on after the last whole epoch") from None
 
 
 def learning_options(

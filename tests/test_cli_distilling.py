@@ -121,8 +121,11 @@ def test_the_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (("photos", "--student", "b", "-o", "x"), "--teacher"),
         (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--judge-split", "s.csv"), "--judge"),
         (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--views", 0), "views"),
-        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--whitening", 3), "whitening"),
-        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--epochs", -1), "epochs"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--whitening", 3), "Error: --whitening must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--epochs", -1), "Error: --epochs must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--target-width", 0), "Error: --target-width must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--color-jitter", 2), "Error: --color-jitter must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--held-out", 1), "Error: --held-out must"),
     ],
 )
 def test_commands_that_make_no_sense_are_refused(arguments: tuple[object, ...], words: str) -> None:

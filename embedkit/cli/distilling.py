@@ -11,7 +11,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.finetuning import follows
-from embedkit.cli.learning import learning_options, saying_that_it_goes_on
+from embedkit.cli.learning import learning_options, naming_options, saying_that_it_goes_on
 from embedkit.cli.options import (
     FILE,
     KEY_VALUE,
@@ -203,11 +203,11 @@ def distill(
 
 def _settings_of(choices: dict[str, Any]) -> tuple[Distillation, Recipe]:
     """Take the settings of a distillation out of the values of the command's options."""
-    from embedkit.errors import FinetuneError
     from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation
     from embedkit.finetuning.feeding.augmentation import Augmentation
 
-    try:
+    colours = dict.fromkeys(("brightness", "contrast", "saturation"), "--color-jitter")
+    with naming_options(width="--target-width", **colours):
         jitter = choices.pop("color_jitter")
         augmentation = Augmentation(
             **{name: choices.pop(name) for name in ("hflip", "hue", "reprob")}, brightness=jitter, contrast=jitter,
@@ -217,8 +217,6 @@ def _settings_of(choices: dict[str, Any]) -> tuple[Distillation, Recipe]:
         settings = Distillation(**{field.name: choices.pop(field.name) for field in fields(Distillation)})
         names = [field.name for field in fields(DISTILLING) if field.name in choices]
         return settings, replace(DISTILLING, **{name: choices.pop(name) for name in names}, augmentation=augmentation)
-    except FinetuneError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _judge(path: Path, split: Path | None) -> Store:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from embedkit.cli import printing
-from embedkit.cli.learning import learning_options, saying_that_it_goes_on
+from embedkit.cli.learning import learning_options, naming_options, saying_that_it_goes_on
 from embedkit.cli.options import (
     FILE,
     Command,
@@ -116,7 +116,6 @@ def recipe_options(command: Command) -> Command:
 
 def recipe_of(choices: dict[str, Any]) -> Recipe:
     """Take a recipe out of the values of a command's options."""
-    from embedkit.errors import FinetuneError
     from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
     from embedkit.finetuning.recipe import Recipe
 
@@ -125,14 +124,12 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
     for field in dataclasses.fields(Augmentation):
         value = choices.pop(field.name)
         varied[field.name] = varied.get(field.name) if value is None else value
-    try:
+    with naming_options():
         augmentation = dataclasses.replace(
             PRESETS[choices.pop("augment")], **{name: value for name, value in varied.items() if value is not None}
         )
         names = [field.name for field in dataclasses.fields(Recipe) if field.name in choices]
         return Recipe(**{name: choices.pop(name) for name in names}, augmentation=augmentation)
-    except FinetuneError as error:
-        raise click.UsageError(str(error)) from error
 
 
 @click.command()

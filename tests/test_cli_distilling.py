@@ -15,6 +15,7 @@ from embedkit.cli import main
 from embedkit.cli.distilling import distill
 from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation
 from embedkit.finetuning.recipe_file import read_settings
+from tests.conftest import write_photos
 
 
 def run(*arguments: object) -> Result:
@@ -169,14 +170,84 @@ def test_the_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (("photos", "--student", "b", "-o", "x"), "--teacher"),
         (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--judge-split", "s.csv"), "--judge"),
         (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--views", 0), "views"),
-        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--whitening", 3), "whitening"),
-        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--epochs", -1), "epochs"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--whitening", 3), "Error: --whitening must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--epochs", -1), "Error: --epochs must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--target-width", 0), "Error: --target-width must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--color-jitter", 2), "Error: --color-jitter must"),
+        (("photos", "--teacher", "a", "--student", "b", "-o", "x", "--held-out", 1), "Error: --held-out must"),
     ],
 )
 def test_commands_that_make_no_sense_are_refused(arguments: tuple[object, ...], words: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert words in result.output
+
+
+def test_unreadable_images_are_named_and_make_exit_code_3(tmp_path: Path, tiny_backbone: Path) -> None:
+    photos = write_photos(tmp_path / "photos", per_class=8)
+    for number in range(1, 6):
+        (photos / "cat" / f"bad{number}.jpg").write_bytes(b"no picture")
+    command = (photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--views", 2)
+    for _ in range(2):  # A run that is finished already still lacks them.
+        result = run(*command)
+        assert result.exit_code == 3, result.output
+        shown = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+        assert [line.split(":")[1].strip() for line in shown] == [f"cat/bad{number}.jpg" for number in (1, 2, 3)]
+        (store,) = (tmp_path / "run" / "teachers").glob("*.h5")
+        assert f"... and 2 more: embedkit info {store} --failures" in result.stderr
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (values["failed"], len(values["failures"]), values["failed_in"]) == (5, 5, [store.name])
+    assert "5 images could not be read, such as cat/bad1.jpg" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_without_an_epoch_none_is_called_the_best(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
+    result = run(photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--epochs", 0, "-q")
+    assert result.stdout == f"{tmp_path / 'run'}: 19 images, no epoch was trained\n"
+
+
+def test_a_judge_that_cannot_judge_is_found_out_before_anything_is_taught(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    backbone, split = ek.Backbone.load(tiny_backbone), tmp_path / "split.csv"
+    ek.extract(photos, tmp_path / "good.h5", backbone)
+    ek.extract(photos / "cat", tmp_path / "bare.h5", backbone)
+    moved = write_photos(tmp_path / "photos", per_class=6)
+    ek.extract(moved, tmp_path / "moved.h5", backbone)
+    moved.rename(tmp_path / "elsewhere")
+    split.write_text("path,split\ncat/1.jpg,train\n")
+    for judge, more, said in (
+        ("none.h5", (), "none.h5"),
+        ("bare.h5", (), "no labels to judge by"),
+        ("moved.h5", (), "are not where it says, such as 'cat/1.jpg'"),
+        ("good.h5", ("--judge-split", split), "no split named test"),
+        ("good.h5", ("--judge-split", tmp_path / "none.csv"), "none.csv cannot be read"),
+    ):
+        command = (photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "--judge", tmp_path / judge)
+        result = run(*command, *more)
+        assert result.exit_code == 1 and said in result.stderr, result.output
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_judgement_is_recorded_beside_what_a_finished_run_wrote(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    judge, report = tmp_path / "judge.h5", tmp_path / "run" / "report.json"
+    command = (photos, "--teacher", tiny_backbone, "-o", tmp_path / "run", *SMALL, "-q")
+    assert run(*command).exit_code == 0
+    first, page = json.loads(report.read_text()), (tmp_path / "run" / "report.html").read_text()
+    assert "judgement" not in first and "Judgement" not in page
+    first["history"]["epochs"][0]["metrics"]["cosine"] = None  # As a report says that it was no number.
+    report.write_text(json.dumps(first))
+    ek.extract(photos, judge, ek.Backbone.load(tiny_backbone))
+    assert run(*command, "--judge", judge).exit_code == 0
+    found = json.loads(report.read_text())
+    judgement = found.pop("judgement")
+    assert found == first
+    assert judgement["student"]["linear_top1"] == pytest.approx(1.0) and judgement["judge"]["dim"] == 96
+    assert (judgement["store"], judgement["split"], judgement["images"]) == (str(judge), None, 24)
+    judged = (tmp_path / "run" / "report.html").read_text()
+    assert f"On the 24 images of {judge}, 5 folds." in judged and judged.count("<h2>") == page.count("<h2>") + 1
+    assert json.loads(run(*command, "--json").stdout)["judgement"] == judgement
 
 
 def test_a_store_without_labels_is_no_judge(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
@@ -190,7 +261,6 @@ def test_a_store_without_labels_is_no_judge(tmp_path: Path, photos: Path, tiny_b
 
 def test_a_judge_whose_images_are_gone_is_named(tmp_path: Path, tiny_backbone: Path) -> None:
     from embedkit.finetuning.distillation.judging import judge_backbone
-    from tests.conftest import write_photos
 
     photos, backbone = write_photos(tmp_path / "photos", per_class=6), ek.Backbone.load(tiny_backbone)
     store = ek.extract(photos, tmp_path / "a.h5", backbone)

@@ -82,6 +82,30 @@ def test_teachers_are_asked_once_for_all_students(
     assert [path.stat().st_mtime_ns for path in stores] == made
 
 
+def test_one_folder_of_teachers_stores_serves_several_settings(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def teach(name: str, seed: int = 0, **values: object) -> set[str]:
+        distill(
+            tiny_backbone, "test_resnet", photos, tmp_path / name, recipe=replace(SHORT, epochs=0, seed=seed),
+            settings=replace(SETTINGS, **values), img_size=32, stores=tmp_path / "teachers",
+        )  # fmt: skip
+        return {path.name for path in (tmp_path / "teachers").glob("*.h5")}
+
+    (whole,) = teach("one")
+    digest = ek.Backbone.load(tiny_backbone).spec.digest
+    assert whole == f"test_resnet-{digest[:12]}.h5"
+    assert teach("same", seed=1) == {whole}  # Whole images are drawn by nothing.
+    two = teach("two", views=2) - {whole}
+    assert len(two) == 1
+    assert len(teach("seed", views=2, seed=1)) == 3
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "teachers").glob("*.h5")}
+    assert len(teach("smaller", views=2, smallest_view=0.2)) == 4
+    teach("again", width=8)
+    assert all(path.stat().st_mtime_ns == moment for path, moment in made.items())
+    assert "dropped" not in caplog.text
+
+
 def test_a_finished_run_is_returned_and_another_one_refused(
     taught: Path, photos: Path, tiny_backbone: Path, other_backbone: Path
 ) -> None:

@@ -162,7 +162,7 @@ def _comparison(found: BeforeAfter | None) -> str:
     rows = [_change(change) for change in found.changes]
     header = ["", "before", "after", "difference", "95 % interval", "p (Holm)", "images", "paired test"]
     return (
-        f"<h2>Before and after</h2><p><b>{text(found.verdict)}.</b></p>{table(header, rows, 'tnnnnnnt')}"
+        f"<h2>Before and after</h2><p><b>{text(found.verdict)}.</b></p>{table(header, rows, 'wnnnnnnw')}"
         f"<p class=soft>Bold: larger than chance, for all measures together. On {text(found.caveat)}.</p>"
     )
 
@@ -329,7 +329,8 @@ def _settings(account: Account) -> str:
         for row in account.parameters
     ]
     facts = {**{f"{stage} took": f"{seconds:,.1f} s" for stage, seconds in account.seconds.items()}}
-    facts |= {key: str(value) for key, value in {**account.parent, **account.warmup, **account.circumstances}.items()}
+    facts |= {f"parent's {key.replace('_', ' ')}": str(value) for key, value in account.parent.items()}
+    facts |= {key: str(value) for key, value in {**account.warmup, **account.circumstances}.items()}
     items = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
     return (
         f"<h2>How it was run</h2><dl>{items}</dl>"

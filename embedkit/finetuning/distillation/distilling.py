@@ -23,8 +23,8 @@ from embedkit.evaluation.speeds import machine_name
 from embedkit.extraction import Progress
 from embedkit.extraction.extracting import listed
 from embedkit.finetuning.blocks import blocks_of
+from embedkit.finetuning.distillation.account import describe_backbone, list_failures, write_account
 from embedkit.finetuning.distillation.mimicry import MIMICRIES, Mimicry, validate_mimicry
-from embedkit.finetuning.distillation.page import distillation_page
 from embedkit.finetuning.distillation.students import (
     Student,
     fit_projection,
@@ -34,7 +34,7 @@ from embedkit.finetuning.distillation.students import (
 )
 from embedkit.finetuning.distillation.targets import Targets, build_targets
 from embedkit.finetuning.distillation.teachers import common_ids, embed_views, load_teachers, open_stores
-from embedkit.finetuning.distillation.views import check_views, list_views, view_id
+from embedkit.finetuning.distillation.views import check_views, list_views, name_views, view_id
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.feeding.ordering import in_steps
@@ -50,7 +50,7 @@ from embedkit.finetuning.training.loop import resumable, train
 from embedkit.finetuning.training.optimisers import check_optimiser
 from embedkit.index.duplicates.grouping import copies_among
 from embedkit.sources import Listing
-from embedkit.spec import EmbeddingSpec, Preprocessing
+from embedkit.spec import Preprocessing
 from embedkit.store import Store
 from embedkit.text import counted
 
@@ -231,10 +231,11 @@ def distill(
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
+            kind = name_views(settings.views, settings.smallest_view, recipe.seed)
             if world.first:
-                embed_views(views, known, places, workers=workers, progress=progress)
+                embed_views(views, known, places, kind=kind, workers=workers, progress=progress)
             world.wait()  # The others find whole stores.
-            found = open_stores(known, places)
+            found = open_stores(known, places, kind)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
             history, projection = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:
@@ -363,26 +364,20 @@ def _finish(
         "seconds": round(sum(row.seconds for row in history.epochs)), "machine": machine_name(),
         "finished": time.strftime("%Y-%m-%d %H:%M %Z"), **versions(),
     }  # fmt: skip
-    begun = None if student.fresh else _described(student.spec)
+    begun = None if student.fresh else describe_backbone(student.spec)
     save_backbone(
         folder.path, student.network, student.spec, parents=[store.spec for store in lesson.stores],
         recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics,
         information={**facts, "began_with": begun}, precision=precision,
     )  # fmt: skip
     taught = Backbone.load(folder.path, device="cpu").spec
-    account = {
-        "metrics": metrics, "student": _described(taught), "began_with": begun, "facts": facts,
-        "teachers": [_described(store.spec) for store in lesson.stores], "settings": asdict(settings),
-        "recipe": recipe.to_dict(), "history": finite(history.to_dict()),
-    }  # fmt: skip
     height, width = student.spec.preprocessing.img_size
-    title = f"{student.spec.backbone} at {width} x {height} pixels"
-    folder.write_report(account, distillation_page(title, account, history))
-    forget(folder.path)
-
-
-def _described(spec: EmbeddingSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name, "dim": spec.dim, "digest": spec.digest,
-        "img_size": list(spec.preprocessing.img_size), "weights_sha256": spec.weights_sha256,
+    account = {
+        "title": f"{student.spec.backbone} at {width} x {height} pixels",
+        "metrics": metrics, "student": describe_backbone(taught), "began_with": begun, "facts": facts,
+        "teachers": [describe_backbone(store.spec) for store in lesson.stores], "settings": asdict(settings),
+        "recipe": recipe.to_dict(), "history": finite(history.to_dict()),
+        **list_failures(lesson.stores, settings.views),
     }  # fmt: skip
+    write_account(folder, account)
+    forget(folder.path)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from embedkit.errors import FinetuneError
-from embedkit.store.durable import ASIDE, aside, naming, publish_over, sync
+from embedkit.store.durable import ASIDE, aside, publish_made
 
 FORMAT, VERSION = "embedkit-training", 1
 LAST = "last.safetensors"
@@ -57,9 +57,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
             save_file(values, fresh, metadata={"embedkit": text})
         except SafetensorError as error:
             raise FinetuneError(f"{path} cannot be written: {error}; mend that and run the same command") from error
-        with fresh.open("rb+") as file, naming(path):
-            sync(file.fileno())
-        publish_over(fresh, path)
+        publish_made(fresh, path)
 
 
 def _alone(value: Tensor, seen: set[int]) -> Tensor:

@@ -237,6 +237,19 @@ def test_of_few_images_one_is_held_out_at_least(tmp_path: Path, photos: Path, ti
         )  # fmt: skip
 
 
+def test_a_student_that_goes_on_in_its_own_folder_is_not_removed(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    folder = tmp_path / "run"
+    distill(
+        tiny_backbone, "test_resnet", photos, folder, recipe=replace(SHORT, epochs=1), settings=SETTINGS, img_size=32
+    )
+    weights = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(FinetuneError, match=r"--overwrite would remove .*run', which this run begins with"):
+        distill(tiny_backbone, folder, photos, folder, recipe=SHORT, settings=SETTINGS, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
 def test_teachers_are_several_different_ones(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
     with pytest.raises(FinetuneError, match="named twice"):
         distill([tiny_backbone, tiny_backbone], "test_resnet", photos, tmp_path / "run")

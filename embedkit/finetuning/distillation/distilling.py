@@ -224,7 +224,8 @@ def distill(
         )  # fmt: skip
         identity = {**_identity(pupil, known, listing, settings), "project": project, "precision": precision}
         if world.first:
-            folder.claim(recipe, identity, overwrite=overwrite)
+            begun = [one.recipe["model"] if isinstance(one, Backbone) else os.fspath(one) for one in (*known, student)]
+            folder.claim(recipe, identity, overwrite=overwrite, inputs=begun)
         world.wait()
         if folder.finished and world.first:
             log.info("%s: this run is finished already; --overwrite repeats it", folder.path)

@@ -62,7 +62,7 @@ class World:
         folder: Path,
         recipe: Recipe = RECIPE,
         trainee: Trainee | None = None,
-        share: dict[str, int] | None = None,
+        share: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[Trainee, History]:
         trainee = trainee or self.trainee(recipe)
@@ -95,6 +95,13 @@ def test_a_run_learns_what_it_is_shown_and_tells_each_epoch(world: World, tmp_pa
     assert len(lines) == 7 and lines[0].startswith("epoch,loss,val_top1,val_mean_class_accuracy,val_loss,images,")
     assert (moments[-1].epoch, moments[-1].images, moments[-1].total) == (6, 12, 12)
     assert not trainee.training
+
+
+def test_progress_counts_what_an_epoch_shows(world: World, tmp_path: Path) -> None:
+    moments: list[Moment] = []
+    halves = {"batches": lambda epoch: [np.array([0, 1, 2]), np.array([6, 7, 8])]}
+    world.train(tmp_path, replace(RECIPE, epochs=1), share=halves, progress=moments.append)
+    assert [(moment.images, moment.total) for moment in moments] == [(3, 6), (6, 6)]
 
 
 def test_the_same_run_twice_ends_in_the_same_weights(world: World, tmp_path: Path) -> None:

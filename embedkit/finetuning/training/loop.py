@@ -188,7 +188,7 @@ def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], 
     summed += _checked(run, before, epoch, updates)
     if not images:
         first = f": {feed.failures[0]}" if feed.failures else ""
-        raise FinetuneError(f"none of the {len(feed.entries)} training images can be read{first}")
+        raise FinetuneError(f"none of the {feed.images} training images can be read{first}")
     seconds = time.perf_counter() - started
     failed = int(world.total(torch.tensor(len(feed.failures), device=run.device)))
     return EpochRow(epoch, summed / images, {}, rates, images, failed, seconds, run.at_once, skipped)
@@ -269,7 +269,7 @@ def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, numb
 
 
 def _moment(run: Run, feed: Feed, epoch: int, share: float, images: int, loss: float, started: float) -> Moment:
-    seconds, ahead, total = time.perf_counter() - started, run.recipe.epochs - epoch, len(feed.entries)
+    seconds, ahead, total = time.perf_counter() - started, run.recipe.epochs - epoch, feed.images
     left = seconds / share * (ahead + 1 - share) + run.validating * (ahead + 1)
     return Moment(epoch, run.recipe.epochs, round(total * share), total, loss, images / seconds, left)
 

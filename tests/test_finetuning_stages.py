@@ -257,11 +257,12 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_not(
     assert reports[0]["comparison"] == reports[1]["comparison"] and reports[0]["warmup"] == reports[1]["warmup"]
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp:8"])
 def test_a_loss_of_metric_learning_is_judged_by_retrieval_and_gets_its_head_afterwards(
-    tmp_path: Path, photos: Path, backbone: ek.Backbone
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, head: str
 ) -> None:
     pytest.importorskip("pytorch_metric_learning", reason="embedkit[metric] is not installed")
-    recipe = Recipe(epochs=2, batch_size=8, loss="supcon")
+    recipe = Recipe(epochs=2, batch_size=8, loss="supcon", head=head)
     ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe)
     values = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(values["history"]["epochs"][0]["metrics"]) == {"recall@1"} and values["recipe"]["metric"] == "recall@1"

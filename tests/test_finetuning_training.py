@@ -281,6 +281,30 @@ def test_memory_for_no_image_at_all_is_an_error_that_says_what_to_try(world: Wor
         world.train(tmp_path, trainee=trainee)
 
 
+def test_a_loss_that_compares_says_that_it_compares_fewer_and_ends_where_they_are_too_few(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Spread(nn.Module):
+        """Compares images: the mean of a batch is not that of its parts."""
+
+        def forward(self, outputs: Tensor, embeddings: Tensor, batch: Any) -> Tensor:
+            return -outputs.std(0).mean()
+
+    recipe = replace(RECIPE, batch_size=12, epochs=1, loss="supcon")
+    trainee = world.trainee(recipe)
+    trainee.head = Narrow(trainee.head, 7, ERRORS[0])
+    _, history = world.train(tmp_path / "fewer", recipe, trainee, criterion=Spread())
+    assert trainee.head.largest == 6 and history.epochs[0].batch_size == 8
+    assert "8 images at once from now on, and the loss supcon compares no more than these" in caplog.text
+    assert "added up" not in caplog.text
+    trainee = world.trainee(recipe)
+    trainee.head = Narrow(trainee.head, 5, ERRORS[0])
+    with pytest.raises(
+        FinetuneError, match=r"gradients of 6 images, and the loss supcon compares no fewer than 8; try"
+    ):
+        world.train(tmp_path / "none", recipe, trainee, criterion=Spread())
+
+
 def test_other_errors_of_the_network_are_not_taken_for_a_lack_of_memory(world: World, tmp_path: Path) -> None:
     trainee = world.trainee(RECIPE)
     trainee.head = Narrow(trainee.head, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

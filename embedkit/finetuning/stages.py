@@ -23,6 +23,7 @@ from embedkit.extraction import listed
 from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_at
 from embedkit.finetuning.examples import Division, Examples, divide, leaks_across, own_split
 from embedkit.finetuning.feeding.feed import Feed
+from embedkit.finetuning.feeding.ordering import class_batches
 from embedkit.finetuning.job import Job, Watcher
 from embedkit.finetuning.layers import as_estimator
 from embedkit.finetuning.recipe import Recipe
@@ -34,7 +35,7 @@ from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History
 from embedkit.finetuning.training.loop import resumable, train
-from embedkit.finetuning.training.losses import METRIC_LOSSES, class_batches, make_criterion
+from embedkit.finetuning.training.losses import COMPARING, METRIC_LOSSES, make_criterion
 from embedkit.finetuning.training.optimisers import check_optimiser
 from embedkit.finetuning.training.recall import RECALL_METRICS, validate_recall
 from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder, WandbRecorder
@@ -321,14 +322,17 @@ def _train(job: Job, recorders: Sequence[Recorder]) -> History:
         )  # fmt: skip
 
     def class_steps(epoch: int) -> Sequence[Rows]:
-        return list(class_batches(division.train.codes, recipe.batch_size * world.size, seed=recipe.seed, epoch=epoch))
+        return class_batches(
+            division.train.codes, recipe.batch_size, balance=recipe.balance, processes=world.size, seed=recipe.seed,
+            epoch=epoch,
+        )  # fmt: skip
 
-    metric = recipe.loss in METRIC_LOSSES
-    val, judge = feed(division.val), _judge(metric)
+    steps = class_steps if recipe.loss in COMPARING else None
+    val, judge = feed(division.val), _judge(recipe.loss in METRIC_LOSSES)
     learning = sum(state.trainable for state in list_states(job.trainee, recipe)) if recipe.epochs else 0
     with job.stage("training", f"{counted(recipe.epochs, 'epoch')}, {learning:,} parameters learn"):
         return train(
-            job.trainee, feed(division.train, class_steps if metric else None), recipe, job.folder.path,
+            job.trainee, feed(division.train, steps), recipe, job.folder.path,
             blocks=job.blocks, criterion=job.criterion, validate=lambda trainee: judge(trainee, val, world=world),
             identity=job.identity, world=world, recorders=recorders,
             progress=lambda moment: job.watch("training", moment),

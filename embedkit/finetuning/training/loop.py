@@ -23,6 +23,7 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.training.checkpoints import LAST, check_identity, load_facts, state_folder
 from embedkit.finetuning.training.distributed import World
 from embedkit.finetuning.training.history import EpochRow, History, Moment
+from embedkit.finetuning.training.losses import LEAST_COMPARED
 from embedkit.finetuning.training.optimisers import set_rates
 from embedkit.finetuning.training.recorders import Recorder
 from embedkit.finetuning.training.runs import Run, begin, identity_of, keep, load_best
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedkit")
 
 _SMALLEST_SCALE = 2.0**-10  # Of fp16's losses: below it, the overflow is not the scale's fault.
+_ONE = "one image's gradients"
 _TRY = (
     "try a tenth of --body-lr and --head-lr, --clip-grad 1, a longer --warmup-epochs, or --amp-dtype bf16 or fp32; "
     "other settings need another folder"
@@ -242,17 +244,30 @@ def _gradients(run: Run, batches: Sequence[TrainBatch], images: int) -> Tensor:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            largest = max(len(piece.rows) for piece in pieces)
-            if largest == 1:
-                raise FinetuneError(
-                    "memory does not hold one image's gradients; try --grad-checkpointing, a smaller --img-size, "
-                    "--amp-dtype bf16, or fewer blocks to --unfreeze"
-                ) from error
-            run.at_once = -(-largest // 2)
+            run.at_once = _fewer(run, max(len(piece.rows) for piece in pieces), error)
         # Outside the handler: the error holds on to what the failed pass had made.
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        log.warning("out of memory: %d images at once from now on, and their gradients are added up", run.at_once)
+        log.warning("out of memory: %d images at once from now on, and %s", run.at_once, _consequence(run))
+
+
+def _fewer(run: Run, images: int, error: RuntimeError) -> int:
+    """Return how many images to try at once where so many are too many; raise FinetuneError at the least."""
+    compares = not getattr(run.criterion, "adds_up", False)
+    least = LEAST_COMPARED if compares else 1
+    if images <= least:
+        needs = f"the gradients of {images} images, and the loss {run.recipe.loss} compares no fewer than {least}"
+        raise FinetuneError(
+            f"memory does not hold {needs if compares else _ONE}; try --grad-checkpointing, a smaller --img-size, "
+            "--amp-dtype bf16, or fewer blocks to --unfreeze"
+        ) from error
+    return max(least, -(-images // 2))
+
+
+def _consequence(run: Run) -> str:
+    if getattr(run.criterion, "adds_up", False):
+        return "their gradients are added up"
+    return f"the loss {run.recipe.loss} compares no more than these with one another: it is another loss than before"
 
 
 def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, number: int) -> float:

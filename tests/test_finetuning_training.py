@@ -356,6 +356,20 @@ def test_without_validation_the_last_epoch_is_kept(world: World, tmp_path: Path)
     assert history.best_epoch == 3 and not history.epochs[0].metrics
 
 
+@pytest.mark.parametrize(("scores", "best"), [([0.3, None, None], 1), ([None, 0.1, None], 2), ([0.3, None, 0.5], 3)])
+def test_an_epoch_that_no_validation_judged_replaces_none_that_one_did(
+    world: World, tmp_path: Path, scores: list[float | None], best: int
+) -> None:
+    left = iter(scores)
+
+    def validate(trainee: Trainee) -> dict[str, float]:
+        score = next(left)
+        return {} if score is None else {"top1": score}
+
+    _, history = world.train(tmp_path, validate=validate)
+    assert (history.best_epoch, history.judged) == (best, True)
+
+
 def test_an_average_of_weights_is_what_is_validated_and_kept(world: World, tmp_path: Path) -> None:
     recipe = replace(RECIPE, model_ema=0.9)
     averaged, _ = world.train(tmp_path / "averaged", recipe, validation=None)

@@ -148,6 +148,7 @@ def finetune(
             listing, split, train_split=train_split, val_split=val_split, test_split=test_split, seed=recipe.seed
         )
         job = _prepared(backbone, recipe, division, folder, world, workers, progress or say_nothing)
+        _check_company(job)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
         given = _checked_store(job, store)
         if _claimed(job, overwrite):
@@ -221,6 +222,20 @@ def _prepared(
     trainee, blocks, criterion = make_ready(backbone, recipe, len(division.classes))
     identity = {"backbone": backbone.spec.digest, "images": division.sha256}
     return Job(backbone, recipe, division, folder, world, workers, watch, trainee, blocks, criterion, identity)
+
+
+def _check_company(job: Job) -> None:
+    """Refuse a patience that nothing could end, and say where no epoch can be judged by the validation images."""
+    recipe, val = job.recipe, job.division.val
+    if recipe.loss not in METRIC_LOSSES or not recipe.epochs or len(np.unique(val.codes)) < len(val.codes):
+        return
+    found = f"no class has two images in {val.name}, so recall@1 can judge no epoch"
+    if recipe.patience:
+        raise FinetuneError(
+            f"{found}, and --patience would never end the run; drop it, or give more images to {val.name} by --split"
+        )
+    if job.world.first:
+        log.warning("%s: the last one is kept; to choose the best, give more images to %s by --split", found, val.name)
 
 
 def _recorders(job: Job, tensorboard: bool, wandb: str | None, offline: bool) -> list[Recorder]:

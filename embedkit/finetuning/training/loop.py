@@ -298,13 +298,14 @@ def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str
         run.world.share_values(run.trainee)
         metrics = judge(run.trainee)
         score = _score(metrics, recipe, row.loss)
-        better = not metrics or not run.history.best_epoch or score > run.best_score
+        counts = bool(metrics) or not run.history.judged  # An epoch that nothing judged replaces none that was.
+        better = counts and (not metrics or not run.history.judged or score > run.best_score)
         best = {f"trainee.{name}": value.clone() for name, value in run.trainee.state_dict().items()} if better else {}
     run.validating = time.perf_counter() - started
     row = replace(row, metrics=metrics)
     best_epoch = epoch if better else run.history.best_epoch
     run.best_score = score if better else run.best_score
-    run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" else run.plateau
+    run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" and counts else run.plateau
     waited = epoch - best_epoch
     stopped = (
         f"no better {recipe.metric} in {counted(waited, 'epoch')}"

@@ -108,6 +108,23 @@ def test_gradients_of_arcface_are_those_of_autograd_and_so_are_its_prototypes(th
     assert_close({**found, "prototypes": prototypes.grad}, {**wanted, "prototypes": expected})
 
 
+def test_a_single_image_leaves_statistics_alone_where_others_move_them(threads: int) -> None:
+    single, others = next(in_pieces([batch_of(6)], 1)), batch_of(7)
+    trainee, criterion = trainee_of("test_resnet", freeze_norm=False), CrossEntropy()
+    frozen, other = copy.deepcopy(trainee), copy.deepcopy(trainee)
+    frozen.freeze_norm = True
+    before = [norm.running_mean.clone() for norm in norms_of(trainee)]
+    loss, found = ours(trainee, criterion, [single])
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms_of(trainee), before, strict=True))
+    assert all(norm.training for norm in norms_of(trainee))
+    assert_close(found, plainly(frozen.train(), criterion, [single])[1])
+    more_loss, more = ours(other, criterion, [others])
+    both_loss, both = ours(trainee, criterion, [single, others])
+    torch.testing.assert_close(both_loss, loss / 8 + more_loss * 7 / 8, rtol=1e-3, atol=1e-4)
+    assert_close(both, {name: found[name] / 8 + more[name] * 7 / 8 for name in both})
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms_of(trainee), before, strict=True))
+
+
 def norms_of(trainee: Trainee) -> list[nn.Module]:
     return [module for module in trainee.modules() if isinstance(module, nn.BatchNorm2d)]
 

@@ -30,7 +30,7 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
 from embedkit.finetuning.run_folder import RunFolder, read_object
-from embedkit.finetuning.trainee import Trainee, make_trainee
+from embedkit.finetuning.trainee import Trainee, check_statistics, make_trainee
 from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History
@@ -195,6 +195,7 @@ def make_ready(backbone: Backbone, recipe: Recipe, classes: int) -> tuple[Traine
         )
     check_optimiser(recipe)
     trainee = make_trainee(backbone, classes, recipe)
+    check_statistics(trainee.network, recipe)
     blocks = blocks_of(trainee)
     late = trainable_at(blocks, recipe, sys.maxsize) - trainable_at(blocks, recipe, max(1, recipe.epochs))
     if late and recipe.epochs:

@@ -41,7 +41,7 @@ from embedkit.finetuning.feeding.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.saving import save_backbone
-from embedkit.finetuning.trainee import Trainee
+from embedkit.finetuning.trainee import Trainee, check_statistics
 from embedkit.finetuning.training.checkpoints import forget
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
@@ -221,6 +221,7 @@ def distill(
             student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
             drop_path=recipe.drop_path, device=device,
         )  # fmt: skip
+        check_statistics(pupil.network, recipe)
         identity = {**_identity(pupil, known, listing, settings), "project": project, "precision": precision}
         if world.first:
             folder.claim(recipe, identity, overwrite=overwrite)

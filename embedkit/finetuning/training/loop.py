@@ -26,6 +26,7 @@ from embedkit.finetuning.training.history import EpochRow, History, Moment
 from embedkit.finetuning.training.losses import LEAST_COMPARED
 from embedkit.finetuning.training.optimisers import set_rates
 from embedkit.finetuning.training.recorders import Recorder
+from embedkit.finetuning.training.replicas import takes_statistics
 from embedkit.finetuning.training.runs import Run, begin, identity_of, keep, load_best
 from embedkit.finetuning.training.schedules import rate_factor
 from embedkit.finetuning.training.steps import accumulate, in_pieces, is_out_of_memory, on_device
@@ -266,7 +267,8 @@ def _fewer(run: Run, images: int, error: RuntimeError) -> int:
 
 def _consequence(run: Run) -> str:
     if getattr(run.criterion, "adds_up", False):
-        return "their gradients are added up"
+        kept = "; batch normalisation learns no statistics of single images"
+        return f"their gradients are added up{kept if run.at_once == 1 and takes_statistics(run.trainee) else ''}"
     return f"the loss {run.recipe.loss} compares no more than these with one another: it is another loss than before"
 
 

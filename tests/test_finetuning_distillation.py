@@ -197,7 +197,11 @@ def test_settings_that_make_no_sense_are_refused(
 
 @pytest.mark.parametrize(
     "recipe, words",
-    [(Recipe(), "cosine or loss"), (replace(SHORT, augmentation=Augmentation(mixup=0.2)), "mixed images")],
+    [
+        (Recipe(), "cosine or loss"),
+        (replace(SHORT, augmentation=Augmentation(mixup=0.2)), "mixed images"),
+        (replace(SHORT, batch_size=1), "no statistics of a single image; choose a --batch-size of 2 or more"),
+    ],
 )
 def test_recipes_that_would_be_ignored_are_refused(
     tmp_path: Path, photos: Path, tiny_backbone: Path, recipe: Recipe, words: str

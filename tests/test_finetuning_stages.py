@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -367,17 +368,35 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_not(
     assert reports[0]["comparison"] == reports[1]["comparison"] and reports[0]["warmup"] == reports[1]["warmup"]
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp:8"])
 def test_a_loss_of_metric_learning_is_judged_by_retrieval_and_gets_its_head_afterwards(
-    tmp_path: Path, photos: Path, backbone: ek.Backbone
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, head: str
 ) -> None:
     pytest.importorskip("pytorch_metric_learning", reason="embedkit[metric] is not installed")
-    recipe = Recipe(epochs=2, batch_size=8, loss="supcon")
+    recipe = Recipe(epochs=2, batch_size=8, loss="supcon", head=head)
     ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe)
     values = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(values["history"]["epochs"][0]["metrics"]) == {"recall@1"} and values["recipe"]["metric"] == "recall@1"
     names = [change["name"] for change in values["comparison"]["changes"]]
     assert names == ["linear probe", "k-NN", "recall@1", "mAP@R"] and values["after"]["top1"] == 1.0
     assert all(one.labels[0] == one.id.partition("/")[0] for one in ek.predict(tmp_path / "run" / "head", photos))
+
+
+def test_recall_without_company_is_said_and_chooses_no_epoch(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pytorch_metric_learning", reason="embedkit[metric] is not installed")
+    rows = [f"{kind}/{n}.jpg,{'val' if n == 1 else 'train'}" for kind in ("cat", "dog") for n in range(1, 13)]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *rows]))
+    recipe, split = Recipe(epochs=2, batch_size=8, loss="triplet"), tmp_path / "split.csv"
+    with pytest.raises(FinetuneError, match=r"no class has two images in val, .* --patience would never end the run"):
+        ek.finetune(photos, backbone, tmp_path / "none", recipe=replace(recipe, patience=1), split=split)
+    assert not (tmp_path / "none" / "before.h5").exists()
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, split=split)
+    assert "recall@1 can judge no epoch: the last one is kept" in caplog.text
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert values["history"]["best_epoch"] == 2 and not values["comparison"]["chosen_on"]
+    assert "epoch 2, the last: no validation judged it" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_two_processes_train_together_and_one_speaks(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:

@@ -61,7 +61,7 @@ class World:
         folder: Path,
         recipe: Recipe = RECIPE,
         trainee: Trainee | None = None,
-        share: dict[str, int] | None = None,
+        share: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[Trainee, History]:
         trainee = trainee or self.trainee(recipe)
@@ -94,6 +94,13 @@ def test_a_run_learns_what_it_is_shown_and_tells_each_epoch(world: World, tmp_pa
     assert len(lines) == 7 and lines[0].startswith("epoch,loss,val_top1,val_mean_class_accuracy,val_loss,images,")
     assert (moments[-1].epoch, moments[-1].images, moments[-1].total) == (6, 12, 12)
     assert not trainee.training
+
+
+def test_progress_counts_what_an_epoch_shows(world: World, tmp_path: Path) -> None:
+    moments: list[Moment] = []
+    halves = {"batches": lambda epoch: [np.array([0, 1, 2]), np.array([6, 7, 8])]}
+    world.train(tmp_path, replace(RECIPE, epochs=1), share=halves, progress=moments.append)
+    assert [(moment.images, moment.total) for moment in moments] == [(3, 6), (6, 6)]
 
 
 def test_the_same_run_twice_ends_in_the_same_weights(world: World, tmp_path: Path) -> None:
@@ -199,36 +206,6 @@ ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB
           RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")]  # fmt: skip
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["accelerator", "system"])
-def test_out_of_memory_halves_the_batch_and_ends_as_the_whole_one_would(
-    world: World, tmp_path: Path, error: RuntimeError, caplog: pytest.LogCaptureFixture
-) -> None:
-    wide, _ = world.train(tmp_path / "wide")
-    trainee = world.trainee(RECIPE)
-    trainee.head = Narrow(trainee.head, 2, error)
-    narrow, history = world.train(tmp_path / "narrow", trainee=trainee)
-    assert trainee.head.largest == 2
-    sizes = {row.batch_size for row in history.epochs}
-    assert sizes <= {2, 3}  # Two threads have two shares of three: none sees more than two of them.
-    assert f"out of memory: {max(sizes)} images at once" in caplog.text
-    for left, right in zip(wide.parameters(), narrow.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
-
-
-def test_memory_for_no_image_at_all_is_an_error_that_says_what_to_try(world: World, tmp_path: Path) -> None:
-    trainee = world.trainee(RECIPE)
-    trainee.head = Narrow(trainee.head, 0, ERRORS[0])
-    with pytest.raises(FinetuneError, match="one image's gradients; try --grad-checkpointing"):
-        world.train(tmp_path, trainee=trainee)
-
-
-def test_other_errors_of_the_network_are_not_taken_for_a_lack_of_memory(world: World, tmp_path: Path) -> None:
-    trainee = world.trainee(RECIPE)
-    trainee.head = Narrow(trainee.head, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="shapes"):
-        world.train(tmp_path, trainee=trainee)
-
-
 def test_a_loss_that_is_no_number_stops_the_run_with_what_to_try(world: World, tmp_path: Path) -> None:
     recipe = replace(RECIPE, opt="sgd", body_lr=1e30, head_lr=1e30, clip_grad=0.0, sched="constant", warmup_epochs=0)
     with pytest.raises(FinetuneError, match=r"no finite number in epoch 1, update \d; try a tenth of --body-lr"):
@@ -271,6 +248,20 @@ def test_the_least_loss_is_the_best_and_a_metric_that_is_none_is_named(world: Wo
 def test_without_validation_the_last_epoch_is_kept(world: World, tmp_path: Path) -> None:
     _, history = world.train(tmp_path, validation=None)
     assert history.best_epoch == 3 and not history.epochs[0].metrics
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.3, None, None], 1), ([None, 0.1, None], 2), ([0.3, None, 0.5], 3)])
+def test_an_epoch_that_no_validation_judged_replaces_none_that_one_did(
+    world: World, tmp_path: Path, scores: list[float | None], best: int
+) -> None:
+    left = iter(scores)
+
+    def validate(trainee: Trainee) -> dict[str, float]:
+        score = next(left)
+        return {} if score is None else {"top1": score}
+
+    _, history = world.train(tmp_path, validate=validate)
+    assert (history.best_epoch, history.judged) == (best, True)
 
 
 def test_an_average_of_weights_is_what_is_validated_and_kept(world: World, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def _curves(history: History, recipe: Recipe, warmup: Mapping[str, Any]) -> str:
     best = float(history.best_epoch) if history.best_epoch else None
     losses = [Line("training loss", [(row.epoch, row.loss) for row in rows], 0)]
     losses += _metric_lines(rows, ["loss"], first=1)
-    metrics = [one for one in rows[-1].metrics if one != "loss"]
+    metrics = [one for one in dict.fromkeys(name for row in rows for name in row.metrics) if one != "loss"]
     charts = [_figure("loss", losses, "loss", best)]
     if lines := _metric_lines(rows, metrics, first=2):
         if (start := warmup.get(WARMUP_TOP1)) is not None and lines[0].name == "validation top1":
@@ -196,11 +196,16 @@ def _curves(history: History, recipe: Recipe, warmup: Mapping[str, Any]) -> str:
         for number, group in enumerate(_groups(rows))
     ]
     charts.append(_figure("learning rate of each group", rates, "learning rate", best, logarithmic=True))
-    note = f"Dashed: epoch {history.best_epoch}, the best by {recipe.metric} on the validation images." if best else ""
+    why = (
+        f"the best by {recipe.metric} on the validation images"
+        if history.judged
+        else "the last: no validation judged it"
+    )
+    note = f"Dashed: epoch {history.best_epoch}, {why}." if best else ""
     stopped = f" Stopped early: {history.stopped}." if history.stopped else ""
     return (
         f"<h2>Training</h2><div class=charts>{''.join(charts)}</div><p class=soft>{text(note + stopped)}</p>"
-        f"{_rates(rows)}{_epochs(rows, metrics, history.best_epoch)}"
+        f"{_rates(rows)}{_epochs(rows, metrics, history.best_epoch if history.judged else 0)}"
     )
 
 

@@ -42,7 +42,7 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import finite
 from embedkit.finetuning.run_folder import RunFolder, images_sha256
 from embedkit.finetuning.saving import save_backbone
-from embedkit.finetuning.trainee import Trainee
+from embedkit.finetuning.trainee import Trainee, check_statistics
 from embedkit.finetuning.training.checkpoints import forget
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
@@ -222,6 +222,7 @@ def distill(
             student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
             drop_path=recipe.drop_path, device=device,
         )  # fmt: skip
+        check_statistics(pupil.network, recipe)
         identity = {**_identity(pupil, known, listing, settings), "project": project, "precision": precision}
         if world.first:
             begun = [one.recipe["model"] if isinstance(one, Backbone) else os.fspath(one) for one in (*known, student)]

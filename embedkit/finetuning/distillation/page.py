@@ -97,7 +97,7 @@ def _training(history: History, teachers: int) -> str:
         ]
         caption = "cosine with the teachers on images held out" if teachers > 1 else "cosine with the teacher"
         charts.append(_figure(caption, lines, "cosine", best))
-    note = f"Dashed: epoch {history.best_epoch}, the best." if best else ""
+    note = f"Dashed: epoch {history.best_epoch}, the {'best' if history.judged else 'last'}." if best else ""
     stopped = f" Stopped early: {history.stopped}." if history.stopped else ""
     return (
         f"<h2>Training</h2><div class=charts>{''.join(charts)}</div><p class=soft>{text(note + stopped)}</p>"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,9 +178,19 @@ class Feed:
     @property
     def steps(self) -> int:
         """How many batches an epoch has."""
+        return self._extent[0]
+
+    @property
+    def images(self) -> int:
+        """How many images an epoch has, in all processes; such as one view of each."""
+        return self._extent[1]
+
+    @cached_property
+    def _extent(self) -> tuple[int, int]:
         if self._batches is not None:
-            return len(self._batches(1))
-        return count_steps(len(self.entries), self.recipe.batch_size, self.world)
+            first = self._batches(1)
+            return len(first), sum(map(len, first))
+        return count_steps(len(self.entries), self.recipe.batch_size, self.world), len(self.entries)
 
     def epoch(self, number: int) -> Generator[TrainBatch, None, None]:
         """Yield the batches of an epoch, counted from 1.

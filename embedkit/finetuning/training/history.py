@@ -109,6 +109,11 @@ class History:
         """The row of the epoch whose weights were kept."""
         return self.epochs[self.best_epoch - 1] if self.best_epoch else None
 
+    @property
+    def judged(self) -> bool:
+        """Whether a validation chose that epoch; otherwise it is the last one, or there was none."""
+        return self.best is not None and bool(self.best.metrics)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)

@@ -16,7 +16,7 @@ from torch import nn
 
 from embedkit.backbones import Backbone, import_timm
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.blocks import blocks_of
+from embedkit.finetuning.blocks import blocks_of, set_trainable
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee, make_trainee
 from embedkit.finetuning.training.optimisers import check_optimiser, make_optimiser, parameter_groups, set_rates
@@ -46,6 +46,16 @@ def test_every_block_learns_at_the_rate_that_was_asked_for(trainee: Trainee) -> 
     assert found["head.weight"]["lr"] == found["head.bias"]["lr"] == 1e-2
     scratch = groups_by_parameter(trainee, parameter_groups(trainee, blocks, replace(RECIPE, from_scratch=True)))
     assert {scratch[name]["lr"] for block in blocks for name in block.parameters} == {1e-3}
+
+
+def test_rates_are_told_of_what_learns(tiny_backbone: Path) -> None:
+    recipe = replace(RECIPE, unfreeze="last-2", gradual=1)
+    trainee = make_trainee(Backbone.load(tiny_backbone, device="cpu"), 3, recipe)
+    blocks = blocks_of(trainee)
+    optimiser = make_optimiser(parameter_groups(trainee, blocks, recipe), recipe)
+    for epoch, learning in ((1, ["layer4.0", "head"]), (2, ["layer3.0", "layer4.0", "head"])):
+        set_trainable(trainee, blocks, recipe, epoch)
+        assert list(set_rates(optimiser, 1.0)) == learning
 
 
 def test_what_the_embedding_does_not_depend_on_is_in_no_group() -> None:

@@ -224,7 +224,9 @@ def test_a_table_with_parts_is_trained_by_them(tmp_path: Path, photos: Path, bac
     assert not parts["made"] and [parts[role]["images"] for role in ("train", "val", "test")] == [16, 4, 4]
 
 
-def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+def test_images_that_cannot_be_read_are_left_out_and_named(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(photos, tmp_path / "photos")
     for id in ("cat/3.jpg", "dog/7.jpg"):
         (tmp_path / "photos" / id).write_bytes(b"no picture")
@@ -233,6 +235,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photo
     assert [line.partition(":")[0] for line in values["failures"]] == ["cat/3.jpg", "dog/7.jpg"]
     parts = values["images"]
     assert parts["train"]["images"] + parts["val"]["images"] == 22
+    assert "images that could not be read are left out: " in caplog.text
     assert len(ek.Store.open(tmp_path / "run" / "after.h5")) == 22
 
 

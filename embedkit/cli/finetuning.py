@@ -271,13 +271,8 @@ def _print_blocks(division: Division, backbone: Backbone, recipe: Recipe, as_jso
     from embedkit.evaluation.columns import align_columns
     from embedkit.finetuning.blocks import list_states
     from embedkit.finetuning.stages import make_ready
-    from embedkit.finetuning.training.losses import METRIC_LOSSES
 
     states = list_states(make_ready(backbone, recipe, len(division.classes))[0], recipe)
-    later = recipe.loss in METRIC_LOSSES  # They train no head; one is fitted to what the network then says.
-    if later:
-        head = states.pop()
-        states.append(dataclasses.replace(head, frozen=head.frozen + head.trainable, trainable=0, from_epoch=0))
     frozen, trainable = sum(state.frozen for state in states), sum(state.trainable for state in states)
     if as_json:
         for state in states:
@@ -285,7 +280,7 @@ def _print_blocks(division: Division, backbone: Backbone, recipe: Recipe, as_jso
         return
     rows = [["block", "frozen", "trainable", "from epoch"]]
     rows += [[each.name, f"{each.frozen:,}", f"{each.trainable:,}", str(each.from_epoch or "never")] for each in states]
-    if later:
+    if not states[-1].trainable:
         rows[-1][-1] = "afterwards"
     rows.append(["all", f"{frozen:,}", f"{trainable:,}", ""])
     click.echo(division.to_text())

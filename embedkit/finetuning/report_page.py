@@ -29,6 +29,7 @@ CLASSES = 40  # Of a table; report.json has all.
 MATRIX_CLASSES = 200  # Of a confusion in report.json.
 FAILURES = 1000
 
+_NEVER = {"head": "afterwards"}  # With a loss that trains none.
 WARMUP_TOP1 = "warm-up top1 on validation"  # Of the facts about a warm-up.
 
 
@@ -330,7 +331,12 @@ def _settings(account: Account) -> str:
     rows = [_setting(key, value, defaults[key]) for key, value in values.items()]
     rows += [_setting(f"augmentation.{key}", value, plain[key]) for key, value in varied.items()]
     blocks = [
-        [name(row["name"]), f"{row['frozen']:,}", f"{row['trainable']:,}", str(row["from_epoch"] or "never")]
+        [
+            name(row["name"]),
+            f"{row['frozen']:,}",
+            f"{row['trainable']:,}",
+            str(row["from_epoch"] or _NEVER.get(row["name"], "never")),
+        ]
         for row in account.parameters
     ]
     facts = {**{f"{stage} took": f"{seconds:,.1f} s" for stage, seconds in account.seconds.items()}}

@@ -323,7 +323,14 @@ def _embed_before(job: Job, *, wanted: bool) -> Store | None:
 
 
 def _readable(job: Job, store: Store | None) -> Division:
-    return job.division if store is None else job.division.without(failure.id for failure in store.failures)
+    if store is None:
+        return job.division
+    division = job.division.without(failure.id for failure in store.failures)
+    lost = [(len(part) - len(left), part.name) for part, left in zip(job.division.parts, division.parts, strict=True)]
+    if any(count for count, _ in lost) and job.world.first:
+        each = ", ".join(f"{count:,} of {name}" for count, name in lost if count)
+        log.warning("images that could not be read are left out: %s", each)
+    return division
 
 
 def _leaks(job: Job, store: Store | None) -> dict[str, Leaks]:

@@ -341,9 +341,10 @@ def _say(run: Run, row: EpochRow) -> None:
     best = " (best)" if row.metrics and run.history.best_epoch == row.epoch else ""
     rates = [rate for rate in row.rates.values() if rate]
     span = f"{min(rates):.2g} to {max(rates):.2g}" if rates else "0"
+    failed = f", {counted(row.failed, 'image')} could not be read" if row.failed else ""
     log.info(
-        "epoch %d of %d: loss %.4f%s%s, %.0f images/s, lr %s%s", row.epoch, recipe.epochs, row.loss, metrics, best,
-        row.images_per_second, span, f", {_spell(left)} left" if left and not run.history.stopped else "",
+        "epoch %d of %d: loss %.4f%s%s, %.0f images/s, lr %s%s%s", row.epoch, recipe.epochs, row.loss, metrics, best,
+        row.images_per_second, span, failed, f", {_spell(left)} left" if left and not run.history.stopped else "",
     )  # fmt: skip
     if run.history.stopped:
         log.info("stops early: %s", run.history.stopped)

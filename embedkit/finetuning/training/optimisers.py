@@ -176,7 +176,8 @@ def _try_out(recipe: Recipe) -> None:
 
 
 def set_rates(optimiser: Optimizer, factor: float) -> dict[str, float]:
-    """Multiply every group's own learning rate with a factor, and return the rates by the groups' names."""
+    """Multiply every group's own learning rate with a factor, and return those of what learns, by the groups' names."""
     for group in optimiser.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return {group["name"]: group["lr"] for group in optimiser.param_groups}
+    learning = (group for group in optimiser.param_groups if any(each.requires_grad for each in group["params"]))
+    return {group["name"]: group["lr"] for group in learning}

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,14 @@ def test_settings_reach_the_recipe() -> None:
     ("arguments", "named"),
     [
         (("--head", "forest"), "there is no head 'forest'"),
-        (("--epochs", "-1"), "epochs must be"),
-        (("--hflip", "2"), "hflip must be between 0 and 1"),
-        (("--scale", "0.9", "0.2"), "crop_scale is two shares"),
+        (("--epochs", "-1"), "Error: --epochs must be"),
+        (("--head-epochs", "1" * 400), "Error: --head-epochs must be at least 1, and no larger than 2^53"),
+        (("--body-lr", "-1"), "Error: --body-lr must be 0 or more"),
+        (("--mixup", "inf"), "Error: --mixup must be between 0 and"),
+        (("--hflip", "2"), "Error: --hflip must be between 0 and 1"),
+        (("--scale", "0.9", "0.2"), "Error: --scale is two shares"),
+        (("--aa", "x"), "Error: --aa is timm's text"),
+        (("--epochs", "1", "--warmup-epochs", "2"), "choose fewer --warmup-epochs"),
         (("--from-scratch", "--lora", "4"), "from scratch"),
         (("--sched", "steep"), "'--sched'"),
         (("--pool", "avg,max"), "one pooling"),
@@ -106,6 +113,15 @@ def test_a_dry_run_counts_what_learns_and_writes_nothing(photos: Path, tiny_back
     found = [json.loads(row) for row in rows]
     assert found[-1] == {"name": "head", "frozen": 0, "trainable": 194, "from_epoch": 1}
     assert sum(row["frozen"] for row in found) == 0
+
+
+def test_a_dry_run_of_a_loss_that_trains_no_head_says_so(photos: Path, tiny_backbone: Path) -> None:
+    command = (photos, "-m", tiny_backbone, "--dry-run", "--loss", "supcon", "--unfreeze", "last-1", "--device", "cpu")
+    lines = [line.split() for line in run(*command).stdout.splitlines()]
+    assert ["head", "194", "0", "afterwards"] in lines
+    found = [json.loads(row) for row in run(*command, "--json").stdout.splitlines()]
+    assert found[-1] == {"name": "head", "frozen": 194, "trainable": 0, "from_epoch": 0}
+    assert int(lines[-1][2].replace(",", "")) == sum(row["trainable"] for row in found) > 0
 
 
 def test_figures_are_not_kept_for_no_project(photos: Path, tiny_backbone: Path) -> None:
@@ -166,6 +182,26 @@ def test_a_run_prints_the_comparison_and_its_places(photos: Path, tiny_backbone:
     assert probed.exit_code == 0 and "linear top1" in probed.stdout
 
 
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_ctrl_c_says_that_the_run_goes_on(photos: Path, tiny_backbone: Path, tmp_path: Path, command: str) -> None:
+    class Impatient(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("epoch 1 of 3"):
+                signal.raise_signal(signal.SIGINT)
+
+    kind = ["-m"] if command == "finetune" else ["--student", "test_resnet", "--img-size", 32, "--teacher"]
+    arguments = [command, photos, *kind, tiny_backbone, "-o", tmp_path / "run", "-b", 8, "--epochs", 3]
+    log, handler = logging.getLogger("embedkit"), Impatient()
+    log.addHandler(handler)
+    try:
+        result = CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
+    finally:
+        log.removeHandler(handler)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("interrupted; the same command goes on after the last whole epoch\n")
+    assert (tmp_path / "run" / "state").is_dir()
+
+
 def test_the_options_are_those_of_the_function() -> None:
     import inspect
 
@@ -181,6 +217,13 @@ def test_unreadable_images_make_exit_code_3(photos: Path, tiny_backbone: Path, t
     import shutil
 
     shutil.copytree(photos, tmp_path / "photos")
-    (tmp_path / "photos" / "cat" / "2.jpg").write_bytes(b"no picture")
+    for number in range(1, 6):
+        (tmp_path / "photos" / "cat" / f"{number}.jpg").write_bytes(b"no picture")
     command = ("-m", tiny_backbone, "-o", tmp_path / "run", "--epochs", 0, "--no-reextract", "--device", "cpu")
-    assert "failed: cat/2.jpg" in run(tmp_path / "photos", *command, code=3).stderr
+    said = run(tmp_path / "photos", *command, code=3).stderr
+    assert "failed: cat/3.jpg" in said and "failed: cat/4.jpg" not in said
+    assert f"... and 2 more: embedkit info {tmp_path / 'run' / 'before.h5'} --failures" in said
+    for number in (2, 3, 4, 5):
+        shutil.copy(photos / "cat" / f"{number}.jpg", tmp_path / "photos" / "cat")
+    one = run(tmp_path / "photos", *command, "--overwrite", code=3).stderr
+    assert f"embedkit info {tmp_path / 'run' / 'before.h5'} --failures lists them" in one and "more" not in one

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import random as shared
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,11 +15,12 @@ from embedkit import Preprocessing
 from embedkit.backbones import import_timm
 from embedkit.errors import FinetuneError, ImageError
 from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
+from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.feeding.policies import Policy
 from embedkit.finetuning.feeding.samples_page import write_samples
 from embedkit.finetuning.feeding.transforms import read_variant, vary
 from embedkit.finetuning.recipe import Recipe
-from embedkit.images import DECODERS, read_crop
+from embedkit.images import DECODERS, read_crop, read_image, thumbnail
 from embedkit.sources import ImageFile, list_images
 
 SQUARE = Preprocessing(img_size=(64, 64), interpolation="bilinear", decoder=DECODERS["standard"])
@@ -39,8 +41,10 @@ def generator(*seed: int) -> np.random.Generator:
         ({"hflip": 1.5}, "hflip must be between 0 and 1, not 1.5"),
         ({"hue": 0.6}, "hue must be between 0 and 0.5"),
         ({"rotation": -1.0}, "rotation must be between 0 and 180"),
-        ({"mixup": float("nan")}, "mixup must be 0 or more, not nan"),
-        ({"mixup_off_epoch": -1}, "mixup_off_epoch must be 0 or more"),
+        ({"mixup": float("nan")}, r"mixup must be between 0 and 1e\+06, not nan"),
+        ({"mixup": float("inf")}, r"mixup must be between 0 and 1e\+06, not inf"),
+        ({"cutmix": 10**400}, r"cutmix must be between 0 and 1e\+06, not 1000"),
+        ({"mixup_off_epoch": -1}, "mixup_off_epoch must be between 0 and"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale is two shares, the smaller one first"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
         ({"crop_ratio": (2.0, float("inf"))}, "crop_ratio"),
@@ -188,3 +192,24 @@ def test_the_page_of_samples_passes_over_what_cannot_be_read_and_escapes_names(p
     assert "&lt;b&gt;.jpg" in page and "<b>" not in page and "<i>" not in page and "nothing is varied" in page
     with pytest.raises(ImageError, match="bad"):
         write_samples(tmp_path / "page.html", [bad], SQUARE, Recipe())
+
+
+def test_the_page_of_samples_shows_what_the_first_epoch_does(photos: Path, tmp_path: Path) -> None:
+    files = list(list_images(photos).files)[:4]
+    recipe = Recipe(batch_size=4, augmentation=replace(PRESETS["medium"], hflip=0.5))
+    write_samples(tmp_path / "page.html", files, SQUARE, recipe)
+    page = (tmp_path / "page.html").read_text()
+    for epoch in (1, 2):
+        (batch,) = Feed(files, None, SQUARE, recipe, workers=1).epoch(epoch)
+        for crop in batch.pixels.permute(0, 2, 3, 1).numpy():
+            picture = thumbnail(read_image(np.ascontiguousarray(crop)), 144)
+            assert base64.b64encode(picture).decode() in page
+
+
+@pytest.mark.parametrize("place", ["missing/page.html", "folder"])
+def test_a_page_that_cannot_be_written_is_named_itself(photos: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FinetuneError, match=r"cannot be written: .*; name a file in a folder that exists") as caught:
+        write_samples(tmp_path / place, list(list_images(photos).files)[:1], SQUARE, Recipe())
+    assert str(tmp_path / place) in str(caught.value) and ".tmp-" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -150,6 +150,36 @@ def test_what_the_recipe_says_of_a_group_is_not_read_from_a_file() -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [('"betas", {"tuple": [0.9, 0.999]}', '"betas", "x"'), ('"eps", 1e-08', '"eps", null'), ('"foreach"', '"other"')],
+)
+def test_an_optimisers_hyperparameters_are_not_read_from_a_file(change: tuple[str, str]) -> None:
+    def optimiser() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.1)
+
+    packed = json.dumps(pack_optimiser(optimiser())[1])
+    assert change[0] in packed
+    found = optimiser()
+    unpack_optimiser(found, {}, json.loads(packed.replace(*change)))
+    found.param_groups[0]["params"][0].grad = torch.ones(2)
+    found.step()
+    fresh = optimiser().param_groups[0]
+    assert {name: value for name, value in found.param_groups[0].items() if name != "params"} == {
+        name: value for name, value in fresh.items() if name != "params"
+    }
+
+
+@pytest.mark.parametrize("step", ['"x"', "null", "-1", "true", "1e400", "1" + "0" * 30])
+def test_a_counter_that_counts_nothing_is_refused(step: str) -> None:
+    optimiser = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))], "step": 3}], lr=0.1)
+    packed = json.dumps(pack_optimiser(optimiser)[1])
+    unpack_optimiser(optimiser, {}, json.loads(packed.replace('"step", 3', '"step", 4')))
+    assert optimiser.param_groups[0]["step"] == 4
+    with pytest.raises(ValueError, match="an optimiser's step must be a number of updates"):
+        unpack_optimiser(optimiser, {}, json.loads(packed.replace('"step", 3', f'"step", {step}')))
+
+
+@pytest.mark.parametrize(
     "changes", [{"metrics": {"top1": "<b>"}}, {"metrics": "x"}, {"rates": None}, {"seconds": None}, {"loss": "low"}]
 )
 def test_a_history_of_other_things_than_numbers_is_refused(changes: dict[str, Any]) -> None:

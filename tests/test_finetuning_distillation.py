@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import embedkit as ek
 from embedkit.errors import FinetuneError
+from embedkit.extraction import Progress
 from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation, distill
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
@@ -79,6 +80,30 @@ def test_teachers_are_asked_once_for_all_students(
         settings=replace(SETTINGS, views=2), img_size=32, stores=taught / "teachers",
     )  # fmt: skip
     assert [path.stat().st_mtime_ns for path in stores] == made
+
+
+def test_one_folder_of_teachers_stores_serves_several_settings(
+    tmp_path: Path, photos: Path, tiny_backbone: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def teach(name: str, seed: int = 0, **values: object) -> set[str]:
+        distill(
+            tiny_backbone, "test_resnet", photos, tmp_path / name, recipe=replace(SHORT, epochs=0, seed=seed),
+            settings=replace(SETTINGS, **values), img_size=32, stores=tmp_path / "teachers",
+        )  # fmt: skip
+        return {path.name for path in (tmp_path / "teachers").glob("*.h5")}
+
+    (whole,) = teach("one")
+    digest = ek.Backbone.load(tiny_backbone).spec.digest
+    assert whole == f"test_resnet-{digest[:12]}.h5"
+    assert teach("same", seed=1) == {whole}  # Whole images are drawn by nothing.
+    two = teach("two", views=2) - {whole}
+    assert len(two) == 1
+    assert len(teach("seed", views=2, seed=1)) == 3
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "teachers").glob("*.h5")}
+    assert len(teach("smaller", views=2, smallest_view=0.2)) == 4
+    teach("again", width=8)
+    assert all(path.stat().st_mtime_ns == moment for path, moment in made.items())
+    assert "dropped" not in caplog.text
 
 
 def test_a_finished_run_is_returned_and_another_one_refused(
@@ -172,7 +197,11 @@ def test_settings_that_make_no_sense_are_refused(
 
 @pytest.mark.parametrize(
     "recipe, words",
-    [(Recipe(), "cosine or loss"), (replace(SHORT, augmentation=Augmentation(mixup=0.2)), "mixed images")],
+    [
+        (Recipe(), "cosine or loss"),
+        (replace(SHORT, augmentation=Augmentation(mixup=0.2)), "mixed images"),
+        (replace(SHORT, batch_size=1), "no statistics of a single image; choose a --batch-size of 2 or more"),
+    ],
 )
 def test_recipes_that_would_be_ignored_are_refused(
     tmp_path: Path, photos: Path, tiny_backbone: Path, recipe: Recipe, words: str
@@ -210,6 +239,19 @@ def test_of_few_images_one_is_held_out_at_least(tmp_path: Path, photos: Path, ti
             tiny_backbone, "test_resnet", photos, tmp_path / "run", recipe=recipe, settings=settings, img_size=32,
             precision="fp16",
         )  # fmt: skip
+
+
+def test_a_student_that_goes_on_in_its_own_folder_is_not_removed(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    folder = tmp_path / "run"
+    distill(
+        tiny_backbone, "test_resnet", photos, folder, recipe=replace(SHORT, epochs=1), settings=SETTINGS, img_size=32
+    )
+    weights = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(FinetuneError, match=r"--overwrite would remove .*run', which this run begins with"):
+        distill(tiny_backbone, folder, photos, folder, recipe=SHORT, settings=SETTINGS, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_teachers_are_several_different_ones(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:
@@ -309,3 +351,36 @@ def test_a_student_with_weights_begins_with_the_projection_that_fits_best(
     # The teacher itself reproduces the teacher, for a ridge of few images nearly; random weights do not.
     assert rows_of(tmp_path / "own")[0]["val_cosine"] > 0.9
     assert rows_of(tmp_path / "new")[0]["val_cosine"] < 0.5
+
+
+def test_training_images_that_are_gone_once_the_teachers_saw_them_are_named(
+    tmp_path: Path, tiny_backbone: Path
+) -> None:
+    photos = write_photos(tmp_path / "photos", per_class=6)
+
+    def spoil(what: str, state: object) -> None:
+        if isinstance(state, Progress) and state.done == state.total:  # The teacher is through.
+            for path in photos.rglob("*.jpg"):
+                path.write_bytes(b"no image")
+
+    with pytest.raises(FinetuneError, match="none of the 10 training images can be read any more"):
+        distill(
+            tiny_backbone, ek.Backbone.load(tiny_backbone), photos, tmp_path / "run", recipe=SHORT, settings=SETTINGS,
+            progress=spoil,
+        )  # fmt: skip
+
+
+def test_a_validation_that_is_no_number_does_not_take_the_student_away(
+    tmp_path: Path, photos: Path, tiny_backbone: Path
+) -> None:
+    recipe = replace(
+        SHORT, epochs=1, batch_size=32, opt="momentum", momentum=0.0, head_lr=1e36, body_lr=0.0, sched="constant",
+        warmup_epochs=0.0,
+    )  # fmt: skip
+    settings, folder = replace(SETTINGS, distance="mse"), tmp_path / "run"
+    distill(tiny_backbone, "test_resnet", photos, folder, recipe=recipe, settings=settings, img_size=32)
+    (row,) = rows_of(folder)
+    assert not np.isfinite(row["val_loss"])
+    report = json.loads((folder / "report.json").read_text())
+    assert "loss" not in report["metrics"] and report["history"]["epochs"][0]["metrics"]["loss"] is None
+    assert ek.Backbone.load(folder).dim == 96

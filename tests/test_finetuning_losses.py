@@ -1,4 +1,4 @@
-"""Losses: what is made small, and which pictures meet in a batch."""
+"""Losses: what is made small."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.recipe import Recipe
-from embedkit.finetuning.training.losses import METRIC_LOSSES, balanced_weights, class_batches, make_criterion
+from embedkit.finetuning.training.losses import METRIC_LOSSES, balanced_weights, make_criterion
 
 
 def batch_of(codes: list[int], targets: torch.Tensor | None = None) -> SimpleNamespace:
@@ -98,6 +98,9 @@ def test_triplets_without_a_partner_cost_nothing_and_can_be_learned_from() -> No
     [
         (Recipe(loss="supcon", smoothing=0.1), "labels to smooth"),
         (Recipe(loss="triplet", augmentation=Augmentation(mixup=0.2)), "leave --mixup"),
+        (Recipe(loss="supcon", warmup="probe"), "trains no head that could be warmed up"),
+        (Recipe(loss="arcface", warmup="sgd"), "leave --warmup at auto"),
+        (Recipe(loss="triplet", batch_size=6), r"6 are too few; choose a --batch-size of 8 or more"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(recipe: Recipe, words: str) -> None:
@@ -105,21 +108,11 @@ def test_recipes_that_make_no_sense_are_refused(recipe: Recipe, words: str) -> N
         make_criterion(recipe, 2, 8)
 
 
-def test_class_batches_hold_groups_of_a_class_and_every_row_once() -> None:
-    codes = np.random.default_rng(0).integers(0, 10, 400)
-    batches = class_batches(codes, 32, images_a_class=4, seed=3, epoch=2)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(400))
-    counts = np.bincount(codes[batches[0]], minlength=10)
-    assert len(batches[0]) == 32
-    assert set(counts.tolist()) <= {0, 4, 8}
-    assert all(len(np.unique(codes[rows])) >= 2 for rows in batches[:-1])
-
-
-def test_class_batches_are_drawn_by_seed_and_epoch_alone() -> None:
-    codes = np.repeat(np.arange(5), 20)
-    draw = {
-        key: np.concatenate(class_batches(codes, 20, seed=key[0], epoch=key[1])) for key in [(0, 1), (0, 2), (1, 1)]
-    }
-    assert np.array_equal(draw[0, 1], np.concatenate(class_batches(codes, 20, seed=0, epoch=1)))
-    assert not np.array_equal(draw[0, 1], draw[0, 2])
-    assert not np.array_equal(draw[0, 1], draw[1, 1])
+def test_parts_of_a_batch_add_up_for_arcface_alone_of_the_metric_losses() -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    embeddings, codes = torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), [0, 1] * 5
+    for name in METRIC_LOSSES:
+        criterion = make_criterion(Recipe(loss=name, batch_size=8), 2, 8)
+        whole = criterion(embeddings, embeddings, batch_of(codes))
+        parts = [criterion(embeddings[at], embeddings[at], batch_of(codes[at])) for at in (slice(0, 4), slice(4, 10))]
+        assert torch.allclose(whole, 0.4 * parts[0] + 0.6 * parts[1]) is criterion.adds_up is (name == "arcface")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,11 @@ from torch.nn.functional import cosine_similarity
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.distillation.mimicry import Mimicry, validate_mimicry
 from embedkit.finetuning.distillation.students import make_student, with_projection
-from embedkit.finetuning.feeding.feed import TrainBatch
+from embedkit.finetuning.feeding.feed import Feed, TrainBatch
+from embedkit.finetuning.recipe import Recipe
+from embedkit.sources import list_images
 from embedkit.spec import Preprocessing
+from tests.conftest import write_photos
 
 # Two teachers of width 2; the student hits the first and misses the second by a right angle.
 SAID = torch.tensor([[3.0, 0.0, 0.0, 2.0]])
@@ -73,3 +77,18 @@ def test_validation_has_a_cosine_for_each_teacher_and_the_loss_of_the_criterion(
         "cosine_2": pytest.approx(float(second), abs=1e-5),
         "loss": pytest.approx(float(criterion(said, said, batch_of(wanted))), rel=1e-4),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("readable", [1, 0])
+def test_a_batch_that_cannot_be_read_is_no_part_of_the_validation(tmp_path: Path, readable: int) -> None:
+    photos = write_photos(tmp_path / "photos", per_class=2)
+    entries = list(list_images(photos).files)
+    for entry in entries[readable:]:
+        (photos / entry.id).write_bytes(b"no image")
+    student = make_student("test_resnet", Preprocessing(), img_size=32, device="cpu")
+    feed = Feed(entries, None, student.spec.preprocessing, Recipe(batch_size=1), workers=1)
+    found = validate_mimicry(
+        with_projection(student, 4), feed, lambda rows: torch.ones(len(rows), 4).numpy(), Mimicry([4])
+    )
+    assert len(feed.failures) == len(entries) - readable
+    assert found.keys() == ({"cosine", "loss"} if readable else set())

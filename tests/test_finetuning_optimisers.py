@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from embedkit.backbones import Backbone
+from embedkit.backbones import Backbone, import_timm
 from embedkit.errors import FinetuneError
-from embedkit.finetuning.blocks import blocks_of
+from embedkit.finetuning.blocks import blocks_of, set_trainable
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee, make_trainee
-from embedkit.finetuning.training.optimisers import make_optimiser, parameter_groups, set_rates
+from embedkit.finetuning.training.optimisers import check_optimiser, make_optimiser, parameter_groups, set_rates
 from embedkit.finetuning.training.schedules import Plateau, rate_factor
 
 RECIPE = Recipe(body_lr=1e-3, head_lr=1e-2, layer_decay=0.5, weight_decay=0.05)
@@ -44,6 +46,16 @@ def test_every_block_learns_at_the_rate_that_was_asked_for(trainee: Trainee) -> 
     assert found["head.weight"]["lr"] == found["head.bias"]["lr"] == 1e-2
     scratch = groups_by_parameter(trainee, parameter_groups(trainee, blocks, replace(RECIPE, from_scratch=True)))
     assert {scratch[name]["lr"] for block in blocks for name in block.parameters} == {1e-3}
+
+
+def test_rates_are_told_of_what_learns(tiny_backbone: Path) -> None:
+    recipe = replace(RECIPE, unfreeze="last-2", gradual=1)
+    trainee = make_trainee(Backbone.load(tiny_backbone, device="cpu"), 3, recipe)
+    blocks = blocks_of(trainee)
+    optimiser = make_optimiser(parameter_groups(trainee, blocks, recipe), recipe)
+    for epoch, learning in ((1, ["layer4.0", "head"]), (2, ["layer3.0", "layer4.0", "head"])):
+        set_trainable(trainee, blocks, recipe, epoch)
+        assert list(set_rates(optimiser, 1.0)) == learning
 
 
 def test_what_the_embedding_does_not_depend_on_is_in_no_group() -> None:
@@ -103,6 +115,49 @@ def test_an_optimiser_that_is_none_is_refused_with_the_closest(trainee: Trainee)
         make_optimiser(groups, replace(RECIPE, opt="adamv"))
     with pytest.raises(FinetuneError, match="derivatives of derivatives"):
         make_optimiser(groups, replace(RECIPE, opt="adahessian"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"opt": "adafactorbv"}, "AdafactorBigVision keeps a dtype, which cannot be saved for a resumed run"),
+        ({"opt": "lookahead_adafactorbv"}, "keeps a dtype, which cannot be saved"),
+        ({"opt": "sgd", "momentum": 0.0}, "sgd cannot be used here: Nesterov momentum requires a momentum"),
+    ],
+)
+def test_an_optimiser_that_cannot_work_is_found_out_before_an_epoch(changes: dict[str, Any], said: str) -> None:
+    drawn = torch.random.get_rng_state()
+    with pytest.raises(FinetuneError, match=said):
+        check_optimiser(replace(RECIPE, **changes))
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def plain_optimisers() -> list[str]:
+    """All of timm's that need no accelerator, derivatives of derivatives or compiler, and that a file can keep."""
+    import_timm()
+    names = import_module("timm.optim").list_optimizers()
+    others = ("bnb", "fused", "adahessian", "kron")
+    return [name for name in names if not name.startswith(others) and "adafactorbv" not in name]
+
+
+def test_every_other_optimiser_can_be_used_and_moves_no_setting_but_its_counters() -> None:
+    names = plain_optimisers()
+    assert len(names) > 40
+    for name in [*names, "lookahead_adamw"]:
+        recipe = replace(RECIPE, opt=name)
+        weights = [nn.Parameter(torch.linspace(-1, 1, 24).reshape(shape)) for shape in ((24,), (4, 6), (2, 3, 2, 2))]
+        optimiser = make_optimiser(
+            [{"params": [weight], "name": "head", "lr": 1e-2, "base_lr": 1e-2} for weight in weights], recipe
+        )
+        before = copy.deepcopy([{**group, "params": None} for group in optimiser.param_groups])
+        for _ in range(2):
+            set_rates(optimiser, 1.0)
+            for weight in weights:
+                weight.grad = weight.detach().clone()
+            optimiser.step()
+        for group, was in zip(optimiser.param_groups, before, strict=True):
+            moved = {key for key in group.keys() - {"params", "lr"} if key not in was or group[key] != was[key]}
+            assert moved <= {"step", "lookahead_step"}, name
 
 
 def test_the_parameters_of_a_loss_learn_like_the_head(trainee: Trainee) -> None:

@@ -82,6 +82,32 @@ def test_a_run_killed_at_any_moment_ends_in_the_weights_and_figures_of_an_unbrok
     assert len(list((broken / "state").iterdir())) == 2
 
 
+WAITING = """
+import os, sys, torch
+from torch.distributed import distributed_c10d
+from embedkit.finetuning.training.distributed import join_world
+
+with join_world() as world:
+    world.wait()
+    group = distributed_c10d._get_default_group()
+    os.write(1, b"%d " % group._get_backend(torch.device("cpu")).options._timeout.days)
+    if world.rank == 1:
+        sys.exit("the other dies")
+    world.wait()
+"""
+
+
+def test_a_process_waits_for_days_but_not_for_one_that_died(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, script], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and "the other dies" in done.stderr
+    assert done.stdout.split() == ["20", "20"]
+
+
 def test_two_processes_train_as_one_with_the_double_batch(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
     def run(launcher: list[str], folder: Path, changes: dict[str, Any]) -> None:
         done = subprocess.run(

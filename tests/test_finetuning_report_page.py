@@ -90,6 +90,20 @@ def test_the_page_says_what_came_of_it_and_shows_what_changed() -> None:
     assert "3 images were left out" in page and "validation top1, 0: 0.125" in page
 
 
+def test_words_in_tables_stay_whole_in_a_narrow_window() -> None:
+    page = run_page(account())
+    breaking = re.findall(r"([^{}]+){[^{}]*overflow-wrap: anywhere", page)
+    assert breaking and not any(re.search(r"\b(td|th|table)\b", selectors) for selectors in breaking)
+    assert ".w { min-width: 11em; }" in page and ".wide { overflow-x: auto; }" in page
+    assert "<td class=w>classifier" in page and "<td class=w>McNemar" in page
+
+
+def test_what_was_adapted_is_told_from_what_came_of_it() -> None:
+    page = run_page(replace(account(), parent={"name": "resnet18", "weights_sha256": "ab" * 32}))
+    assert "<dt>parent&#x27;s name</dt><dd>resnet18</dd>" in page
+    assert f"<dt>parent&#x27;s weights sha256</dt><dd>{'ab' * 32}</dd>" in page
+
+
 def test_a_run_without_epochs_or_comparison_has_a_page() -> None:
     bare = account(epochs=0)
     page = run_page(Account(bare.title, bare.parent, bare.recipe, bare.images, {}, History()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from embedkit.backbones import Backbone, import_timm
 from embedkit.backbones.copies import fresh_network
 from embedkit.errors import BackboneError, FinetuneError, SpecMismatchError
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.run_folder import RunFolder
 from embedkit.finetuning.saving import save_backbone
 from embedkit.finetuning.trainee import make_trainee
+from embedkit.finetuning.training.checkpoints import LAST, save_state
 from embedkit.spec import EmbeddingSpec, Preprocessing
 
 
@@ -146,6 +150,30 @@ def test_a_folder_is_replaced_file_by_file(tiny_backbone: Path, tmp_path: Path) 
     with torch.no_grad():
         expected = network(torch.as_tensor(np.stack(found.noise(2))).permute(0, 3, 1, 2))[0].numpy()
     assert np.allclose(found.embed_pixels(found.noise(2)), expected, atol=1e-6)
+
+
+def test_weights_are_as_readable_as_everything_beside_them(tiny_backbone: Path, tmp_path: Path) -> None:
+    parent = Backbone.load(tiny_backbone, device="cpu")
+    network = make_trainee(parent, 2, Recipe()).network
+    before = os.umask(0o027)
+    try:
+        save_backbone(tmp_path / "run", network, parent.spec)
+        save_state(tmp_path / "run" / LAST, {"a": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").iterdir()}
+    assert modes == dict.fromkeys(["model.safetensors", "backbone.json", "config.json", LAST], 0o640)
+
+
+def test_an_unfinished_run_is_no_backbone_and_says_how_it_becomes_one(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").claim(Recipe(), {"backbone": "a"})
+    for named in (tmp_path / "run", tmp_path / "run" / "recipe.json"):
+        with pytest.raises(BackboneError, match=r"run holds an unfinished run .* goes on when it is given again"):
+            Backbone.load(named)
+    write_vit(tmp_path / "run")
+    assert Backbone.load(tmp_path / "run").dim == 64
+    with pytest.raises(BackboneError, match="names no architecture"):
+        Backbone.load(tmp_path / "run" / "recipe.json")
 
 
 def test_weights_of_another_run_are_noticed(tiny_backbone: Path, tmp_path: Path) -> None:

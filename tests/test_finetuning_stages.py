@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from safetensors.numpy import load_file
 import embedkit as ek
 from embedkit.errors import EvaluationError, FinetuneError, SpecMismatchError
 from embedkit.finetuning import Augmentation, Recipe
+from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.run_folder import RunFolder
+from embedkit.finetuning.training.history import Moment
 from embedkit.heads import load_head
 
 RECIPE = Recipe(epochs=2, batch_size=8, augmentation=Augmentation(hflip=0.5))
@@ -36,6 +39,20 @@ def run(photos: Path, backbone: ek.Backbone, tmp_path_factory: pytest.TempPathFa
     """A finished run. Not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "pets"
     ek.finetune(photos, backbone, folder, recipe=RECIPE, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(photos: Path, backbone: ek.Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted in its second epoch. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "half"
+
+    def interrupt(what: str, state: object) -> None:
+        if isinstance(state, Moment) and state.epoch == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ek.finetune(photos, backbone, folder, recipe=RECIPE, workers=2, progress=interrupt)
     return folder
 
 
@@ -143,9 +160,21 @@ def test_damaged_descriptions_are_named(run: Path, tmp_path: Path, photos: Path,
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / "recipe.json").write_text(text)
-        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes"):
+        with pytest.raises(FinetuneError, match=r"recipe.json is not what a run writes: .*; name .*, or remove .*run"):
             ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, overwrite=True)
         assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("top1", ["<b>", None, True, -1, [0.5]])
+def test_a_warm_up_that_is_no_number_is_named_before_hours_are_spent(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, half: Path, top1: object
+) -> None:
+    shutil.copytree(half, tmp_path / "run")
+    kept = tmp_path / "run" / "state" / "warmup.json"
+    facts = json.loads(kept.read_bytes())
+    kept.write_text(json.dumps(facts | {WARMUP_TOP1: top1}))
+    with pytest.raises(FinetuneError, match=r"warmup\.json is not what a run writes: its .* remove the folder .*state"):
+        ek.finetune(photos, backbone, tmp_path / "run", recipe=RECIPE, workers=2)
 
 
 def test_warm_up_alone_changes_no_weight_of_the_body(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
@@ -195,7 +224,9 @@ def test_a_table_with_parts_is_trained_by_them(tmp_path: Path, photos: Path, bac
     assert not parts["made"] and [parts[role]["images"] for role in ("train", "val", "test")] == [16, 4, 4]
 
 
-def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photos: Path, backbone: ek.Backbone) -> None:
+def test_images_that_cannot_be_read_are_left_out_and_named(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(photos, tmp_path / "photos")
     for id in ("cat/3.jpg", "dog/7.jpg"):
         (tmp_path / "photos" / id).write_bytes(b"no picture")
@@ -204,6 +235,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photo
     assert [line.partition(":")[0] for line in values["failures"]] == ["cat/3.jpg", "dog/7.jpg"]
     parts = values["images"]
     assert parts["train"]["images"] + parts["val"]["images"] == 22
+    assert "images that could not be read are left out: " in caplog.text
     assert len(ek.Store.open(tmp_path / "run" / "after.h5")) == 22
 
 
@@ -339,17 +371,35 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_not(
     assert reports[0]["comparison"] == reports[1]["comparison"] and reports[0]["warmup"] == reports[1]["warmup"]
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp:8"])
 def test_a_loss_of_metric_learning_is_judged_by_retrieval_and_gets_its_head_afterwards(
-    tmp_path: Path, photos: Path, backbone: ek.Backbone
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, head: str
 ) -> None:
     pytest.importorskip("pytorch_metric_learning", reason="embedkit[metric] is not installed")
-    recipe = Recipe(epochs=2, batch_size=8, loss="supcon")
+    recipe = Recipe(epochs=2, batch_size=8, loss="supcon", head=head)
     ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe)
     values = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(values["history"]["epochs"][0]["metrics"]) == {"recall@1"} and values["recipe"]["metric"] == "recall@1"
     names = [change["name"] for change in values["comparison"]["changes"]]
     assert names == ["linear probe", "k-NN", "recall@1", "mAP@R"] and values["after"]["top1"] == 1.0
     assert all(one.labels[0] == one.id.partition("/")[0] for one in ek.predict(tmp_path / "run" / "head", photos))
+
+
+def test_recall_without_company_is_said_and_chooses_no_epoch(
+    tmp_path: Path, photos: Path, backbone: ek.Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pytorch_metric_learning", reason="embedkit[metric] is not installed")
+    rows = [f"{kind}/{n}.jpg,{'val' if n == 1 else 'train'}" for kind in ("cat", "dog") for n in range(1, 13)]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *rows]))
+    recipe, split = Recipe(epochs=2, batch_size=8, loss="triplet"), tmp_path / "split.csv"
+    with pytest.raises(FinetuneError, match=r"no class has two images in val, .* --patience would never end the run"):
+        ek.finetune(photos, backbone, tmp_path / "none", recipe=replace(recipe, patience=1), split=split)
+    assert not (tmp_path / "none" / "before.h5").exists()
+    ek.finetune(photos, backbone, tmp_path / "run", recipe=recipe, split=split)
+    assert "recall@1 can judge no epoch: the last one is kept" in caplog.text
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert values["history"]["best_epoch"] == 2 and not values["comparison"]["chosen_on"]
+    assert "epoch 2, the last: no validation judged it" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_two_processes_train_together_and_one_speaks(tmp_path: Path, photos: Path, tiny_backbone: Path) -> None:

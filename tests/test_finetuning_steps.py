@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from embedkit.backbones.copies import fresh_network
 from embedkit.finetuning.feeding.feed import TrainBatch
+from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee
-from embedkit.finetuning.training.losses import CrossEntropy
+from embedkit.finetuning.training.losses import CrossEntropy, make_criterion
 from embedkit.finetuning.training.norms import find_pairs, fold_pairs, standing_in
 from embedkit.finetuning.training.shares import sum_gradients
 from embedkit.finetuning.training.steps import accumulate, in_pieces
@@ -93,6 +94,35 @@ def test_gradients_are_those_of_autograd(arch: str, threads: int) -> None:
     found_loss, found = ours(trainee, criterion, pieces)
     torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-5)
     assert_close(found, wanted)
+
+
+def test_gradients_of_arcface_are_those_of_autograd_and_so_are_its_prototypes(threads: int) -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    trainee = trainee_of("test_resnet")
+    criterion = make_criterion(Recipe(loss="arcface"), 3, trainee.head.in_features)
+    loss, wanted = plainly(trainee, criterion, [batch_of(40)])
+    (prototypes,) = criterion.parameters()
+    expected, prototypes.grad = prototypes.grad, None
+    found_loss, found = ours(trainee, criterion, [batch_of(40)])
+    torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-5)
+    assert_close({**found, "prototypes": prototypes.grad}, {**wanted, "prototypes": expected})
+
+
+def test_a_single_image_leaves_statistics_alone_where_others_move_them(threads: int) -> None:
+    single, others = next(in_pieces([batch_of(6)], 1)), batch_of(7)
+    trainee, criterion = trainee_of("test_resnet", freeze_norm=False), CrossEntropy()
+    frozen, other = copy.deepcopy(trainee), copy.deepcopy(trainee)
+    frozen.freeze_norm = True
+    before = [norm.running_mean.clone() for norm in norms_of(trainee)]
+    loss, found = ours(trainee, criterion, [single])
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms_of(trainee), before, strict=True))
+    assert all(norm.training for norm in norms_of(trainee))
+    assert_close(found, plainly(frozen.train(), criterion, [single])[1])
+    more_loss, more = ours(other, criterion, [others])
+    both_loss, both = ours(trainee, criterion, [single, others])
+    torch.testing.assert_close(both_loss, loss / 8 + more_loss * 7 / 8, rtol=1e-3, atol=1e-4)
+    assert_close(both, {name: found[name] / 8 + more[name] * 7 / 8 for name in both})
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms_of(trainee), before, strict=True))
 
 
 def norms_of(trainee: Trainee) -> list[nn.Module]:

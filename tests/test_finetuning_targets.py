@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,24 @@ def test_targets_are_made_once_and_again_when_they_are_of_something_else(tmp_pat
     assert build_targets([store], common_ids([store]), path, width=3).widths == (3,)
     path.write_bytes(path.read_bytes()[:200])  # Half of a file.
     assert build_targets([store], common_ids([store]), path, width=3).values.shape == (40, 3)
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="a file is made durable by another call there")
+def test_the_disk_has_the_targets_before_a_note_says_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable: list[int] = []
+    fsync = os.fsync
+
+    def noting(handle: int) -> None:
+        durable.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    store = write_store(tmp_path / "a.h5", np.random.default_rng(2).standard_normal((40, 3)))
+    path = tmp_path / "state" / "t.npy"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", noting)
+        build_targets([store], common_ids([store]), path, width=2)
+    folder, file, note = (each.stat().st_ino for each in (path.parent, path, path.with_name("t.npy.json")))
+    assert durable[durable.index(file) :] == [file, folder, folder, note, folder]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["t.npy", "t.npy.json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,19 @@ def test_blocks_that_would_thaw_after_the_end_are_told(backbone: Backbone, caplo
     assert not caplog.text
     make_ready(backbone, Recipe(gradual=2, epochs=4), 3)
     assert "3 blocks of 5 would only thaw after the last epoch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"freeze_norm": False}, "2 or more, or --freeze-norm"), ({"from_scratch": True, "warmup": "none"}, "2 or more$")],
+)
+def test_batches_of_one_image_have_no_statistics_to_learn(
+    backbone: Backbone, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(FinetuneError, match=f"no statistics of a single image; choose a --batch-size of {words}"):
+        make_ready(backbone, Recipe(batch_size=1, **changes), 3)
+    make_ready(backbone, Recipe(batch_size=2, **changes), 3)
+    make_ready(backbone, Recipe(batch_size=1), 3)
 
 
 def test_vgg16_without_its_top_has_the_published_numbers() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee, make_trainee
-from embedkit.finetuning.training.checkpoints import load_state, save_state
+from embedkit.finetuning.training.checkpoints import load_state
 from embedkit.finetuning.training.distributed import join_world
 from embedkit.finetuning.training.history import History, Moment
 from embedkit.finetuning.training.loop import resumable, train
@@ -62,7 +61,7 @@ class World:
         folder: Path,
         recipe: Recipe = RECIPE,
         trainee: Trainee | None = None,
-        share: dict[str, int] | None = None,
+        share: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[Trainee, History]:
         trainee = trainee or self.trainee(recipe)
@@ -95,6 +94,13 @@ def test_a_run_learns_what_it_is_shown_and_tells_each_epoch(world: World, tmp_pa
     assert len(lines) == 7 and lines[0].startswith("epoch,loss,val_top1,val_mean_class_accuracy,val_loss,images,")
     assert (moments[-1].epoch, moments[-1].images, moments[-1].total) == (6, 12, 12)
     assert not trainee.training
+
+
+def test_progress_counts_what_an_epoch_shows(world: World, tmp_path: Path) -> None:
+    moments: list[Moment] = []
+    halves = {"batches": lambda epoch: [np.array([0, 1, 2]), np.array([6, 7, 8])]}
+    world.train(tmp_path, replace(RECIPE, epochs=1), share=halves, progress=moments.append)
+    assert [(moment.images, moment.total) for moment in moments] == [(3, 6), (6, 6)]
 
 
 def test_the_same_run_twice_ends_in_the_same_weights(world: World, tmp_path: Path) -> None:
@@ -131,6 +137,8 @@ def interrupt(moment: Moment) -> None:
         {"opt": "rmsprop", "amp_dtype": "fp16", "sched": "one-cycle"},
         {"opt": "adafactor"},
         {"opt": "muon"},
+        {"opt": "lookahead_adan"},
+        {"opt": "lamb"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -180,59 +188,6 @@ def test_the_folder_of_another_run_is_refused_by_what_differs(world: World, tmp_
         resumable(tmp_path, IDENTITY | {"images": "b"}, replace(RECIPE, epochs=1))
 
 
-def test_a_damaged_state_is_named_with_what_to_do(world: World, tmp_path: Path) -> None:
-    world.train(tmp_path, replace(RECIPE, epochs=1))
-    path = tmp_path / "state" / "last.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FinetuneError, match=r"last\.safetensors cannot be read .*; remove the folder .*state"):
-        world.train(tmp_path, replace(RECIPE, epochs=1))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"history": {"epochs": [], "best_epoch": 3, "stopped": ""}},
-        {"history": {"epochs": [{"epoch": 1}], "best_epoch": 0, "stopped": ""}},
-        {"optimiser": {"pairs": []}},
-        {"optimiser": {"tensor": "trainee.head.bias"}},
-        {"plateau": {"factor": 1.0, "other": 2}},
-        {"plateau": {"factor": [1], "best": None, "waited": 0}},
-        {"at_once": "many"},
-        {"best_score": [1]},
-    ],
-    ids=lambda changes: json.dumps(changes)[:40],
-)
-def test_a_state_that_a_stranger_changed_is_refused_by_name(
-    world: World, tmp_path: Path, changes: dict[str, Any], one_epoch: Path
-) -> None:
-    shutil.copytree(one_epoch, tmp_path / "run")
-    path = tmp_path / "run" / "state" / "last.safetensors"
-    tensors, facts = load_state(path)
-    save_state(path, tensors, facts | changes)
-    with pytest.raises(FinetuneError, match=r"last\.safetensors does not fit this run .*; remove the folder"):
-        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
-
-
-def test_the_weights_of_another_network_are_refused_by_name(world: World, tmp_path: Path, one_epoch: Path) -> None:
-    shutil.copytree(one_epoch, tmp_path / "run")
-    best = tmp_path / "run" / "state" / "best-1.safetensors"
-    _, facts = load_state(best)
-    save_state(best, {"trainee.head.weight": torch.zeros(3, 3)}, facts)
-    with pytest.raises(FinetuneError, match=r"best-1\.safetensors does not fit this run"):
-        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
-    best.unlink()
-    with pytest.raises(FinetuneError, match=r"best-1\.safetensors is missing; remove the folder"):
-        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
-
-
-@pytest.fixture(scope="module")
-def one_epoch(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one_epoch")
-    world.train(folder, replace(RECIPE, epochs=1))
-    return folder
-
-
 class Narrow(nn.Module):
     """A layer whose memory holds a few images: it raises what PyTorch's allocator raises."""
 
@@ -249,36 +204,6 @@ class Narrow(nn.Module):
 
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
           RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")]  # fmt: skip
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=["accelerator", "system"])
-def test_out_of_memory_halves_the_batch_and_ends_as_the_whole_one_would(
-    world: World, tmp_path: Path, error: RuntimeError, caplog: pytest.LogCaptureFixture
-) -> None:
-    wide, _ = world.train(tmp_path / "wide")
-    trainee = world.trainee(RECIPE)
-    trainee.head = Narrow(trainee.head, 2, error)
-    narrow, history = world.train(tmp_path / "narrow", trainee=trainee)
-    assert trainee.head.largest == 2
-    sizes = {row.batch_size for row in history.epochs}
-    assert sizes <= {2, 3}  # Two threads have two shares of three: none sees more than two of them.
-    assert f"out of memory: {max(sizes)} images at once" in caplog.text
-    for left, right in zip(wide.parameters(), narrow.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
-
-
-def test_memory_for_no_image_at_all_is_an_error_that_says_what_to_try(world: World, tmp_path: Path) -> None:
-    trainee = world.trainee(RECIPE)
-    trainee.head = Narrow(trainee.head, 0, ERRORS[0])
-    with pytest.raises(FinetuneError, match="one image's gradients; try --grad-checkpointing"):
-        world.train(tmp_path, trainee=trainee)
-
-
-def test_other_errors_of_the_network_are_not_taken_for_a_lack_of_memory(world: World, tmp_path: Path) -> None:
-    trainee = world.trainee(RECIPE)
-    trainee.head = Narrow(trainee.head, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="shapes"):
-        world.train(tmp_path, trainee=trainee)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_what_to_try(world: World, tmp_path: Path) -> None:
@@ -323,6 +248,20 @@ def test_the_least_loss_is_the_best_and_a_metric_that_is_none_is_named(world: Wo
 def test_without_validation_the_last_epoch_is_kept(world: World, tmp_path: Path) -> None:
     _, history = world.train(tmp_path, validation=None)
     assert history.best_epoch == 3 and not history.epochs[0].metrics
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.3, None, None], 1), ([None, 0.1, None], 2), ([0.3, None, 0.5], 3)])
+def test_an_epoch_that_no_validation_judged_replaces_none_that_one_did(
+    world: World, tmp_path: Path, scores: list[float | None], best: int
+) -> None:
+    left = iter(scores)
+
+    def validate(trainee: Trainee) -> dict[str, float]:
+        score = next(left)
+        return {} if score is None else {"top1": score}
+
+    _, history = world.train(tmp_path, validate=validate)
+    assert (history.best_epoch, history.judged) == (best, True)
 
 
 def test_an_average_of_weights_is_what_is_validated_and_kept(world: World, tmp_path: Path) -> None:

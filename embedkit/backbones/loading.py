@@ -27,6 +27,8 @@ _OF_THE_LOADER = (
     "pretrained_strict",  # Or layers without weights would be random ones.
 )  # fmt: skip
 MAX_SIDE = 1 << 13  # Pixels of a crop that a sidecar may ask for; timm's largest are 1,024.
+_OURS = "backbone.json"
+_RUN = "embedkit-finetuning"  # What the recipe.json of a run says that it is.
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 log = logging.getLogger("embedkit")
@@ -142,7 +144,7 @@ def _from_box(arch: str | None, kwargs: dict[str, Any]) -> Source:
 
 
 def _sidecar_in(folder: Path) -> Path:
-    for name in ("backbone.json", "config.json"):
+    for name in (_OURS, "config.json"):
         if (folder / name).is_file():
             return folder / name
     sidecars = sorted(folder.glob("*.json"))
@@ -164,6 +166,11 @@ def _from_sidecar(path: Path, arch: str | None, kwargs: dict[str, Any], weights:
         raise BackboneError(f"{path} is not a readable JSON sidecar: {error}") from error
     found = values.get("timm_architecture") or values.get("architecture") if isinstance(values, dict) else None
     if not isinstance(found, str):
+        if isinstance(values, dict) and values.get("format") == _RUN and not (path.parent / _OURS).is_file():
+            raise BackboneError(
+                f"{path.parent} holds an unfinished run and no backbone yet; the finetune or distill command that "
+                "began it goes on when it is given again"
+            )
         raise BackboneError(f'{path} names no architecture; expected a key "architecture" with a timm name')
     saved = values.get("timm_kwargs") or values.get("model_args") or {}
     config = values.get("pretrained_cfg") or {}

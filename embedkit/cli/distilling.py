@@ -11,7 +11,7 @@ import click
 
 from embedkit.cli import printing
 from embedkit.cli.finetuning import follows
-from embedkit.cli.learning import learning_options
+from embedkit.cli.learning import learning_options, naming_options, saying_that_it_goes_on
 from embedkit.cli.options import (
     FILE,
     KEY_VALUE,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from embedkit.backbones import Backbone
     from embedkit.finetuning.distillation.distilling import Distillation
     from embedkit.finetuning.recipe import Recipe
+    from embedkit.store import Store
 
 _TARGET_OPTIONS = [
     click.option(
@@ -94,8 +95,27 @@ def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) ->
         if "teachers" in values:
             raise click.UsageError(f"{path}: teacher and teachers are one setting; keep one")
         values["teachers"] = values.pop("teacher")
-    several = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    ctx.default_map = {name: several[name] if kinds[name].multiple else value for name, value in values.items()}
+    ctx.default_map = {name: _configured(ctx, kinds[name], path, name, value) for name, value in values.items()}
+
+
+def _configured(ctx: click.Context, option: click.Option, path: Path, name: str, value: Any) -> Any:
+    """Return what a file says for an option as it would be typed; raise UsageError where it cannot be meant."""
+    if isinstance(value, list) and not option.multiple:
+        raise click.UsageError(f"{path}: {name} takes one value, and not a list; got {value!r}")
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise click.UsageError(f"{path}: {name} is true or false; got {value!r}")
+        return value
+    typed = []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, bool):
+            raise click.UsageError(f"{path}: {name} is not true or false; put it in quotes if it is a name")
+        try:
+            option.type.convert(str(each), option, ctx)
+        except click.BadParameter as error:
+            raise click.UsageError(f"{path}: {name}: {error.message}") from error
+        typed.append(str(each))
+    return typed if option.multiple else typed[0]
 
 
 def _options(command: Command) -> Command:
@@ -183,29 +203,30 @@ def distill(
         raise click.UsageError("--judge-split divides the images of a --judge store")
     quiet = quiet or follows()
     settings, recipe = _settings_of(choices)
+    known = None if judge is None else _judge(judge, judge_split)  # Before hours of teaching.
     with printing.saying_when_long("listing the images", quiet):
         listing = list_images(*images, seed=recipe.seed, **source_arguments(choices))
-    with printing.StageBars(quiet) as bars:
+    with saying_that_it_goes_on(), printing.StageBars(quiet) as bars:
         backbone = teach(
             teachers, student, listing, output, settings=settings, recipe=recipe, img_size=img_size,
             arch_kwargs=arch_kwargs, stores=teacher_stores, project=project, precision=precision, device=device,
             workers=workers, overwrite=overwrite, progress=bars.update,
         )  # fmt: skip
-    if not follows():
-        values = json.loads((output / "report.json").read_text(encoding="utf-8"))
-        printing.notice(f"backbone: {backbone.description}", quiet)
-        if judge is not None:
-            values["judgement"] = _judgement(backbone, judge, judge_split, output, workers, as_json, quiet)
-        _print_result(output, values, as_json)
+    if follows():
+        return
+    printing.notice(f"backbone: {backbone.description}", quiet)
+    if known is not None:
+        _pass_judgement(backbone, known, judge_split, output, workers, as_json, quiet)
+    ctx.exit(_print_result(output, teacher_stores or output / "teachers", as_json, quiet))
 
 
 def _settings_of(choices: dict[str, Any]) -> tuple[Distillation, Recipe]:
     """Take the settings of a distillation out of the values of the command's options."""
-    from embedkit.errors import FinetuneError
     from embedkit.finetuning.distillation.distilling import DISTILLING, Distillation
     from embedkit.finetuning.feeding.augmentation import Augmentation
 
-    try:
+    colours = dict.fromkeys(("brightness", "contrast", "saturation"), "--color-jitter")
+    with naming_options(width="--target-width", **colours):
         jitter = choices.pop("color_jitter")
         augmentation = Augmentation(
             **{name: choices.pop(name) for name in ("hflip", "hue", "reprob")}, brightness=jitter, contrast=jitter,
@@ -215,30 +236,45 @@ def _settings_of(choices: dict[str, Any]) -> tuple[Distillation, Recipe]:
         settings = Distillation(**{field.name: choices.pop(field.name) for field in fields(Distillation)})
         names = [field.name for field in fields(DISTILLING) if field.name in choices]
         return settings, replace(DISTILLING, **{name: choices.pop(name) for name in names}, augmentation=augmentation)
-    except FinetuneError as error:
-        raise click.UsageError(str(error)) from error
 
 
-def _judgement(
-    backbone: Backbone, judge: Path, split: Path | None, output: Path, workers: int | None, as_json: bool, quiet: bool
-) -> dict[str, Any]:
-    """Probe the student beside a store, and print the table unless JSON is wanted."""
-    from embedkit.finetuning.distillation.judging import judge_backbone, verdict_dict, verdict_text
+def _judge(path: Path, split: Path | None) -> Store:
+    from embedkit.finetuning.distillation.judging import check_judge
     from embedkit.store import Store
+
+    store = Store.open(path)
+    check_judge(store, split)
+    return store
+
+
+def _pass_judgement(
+    backbone: Backbone, judge: Store, split: Path | None, output: Path, workers: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Probe the student beside a store, record it in the run's folder, and print the table unless JSON is wanted."""
+    from embedkit.finetuning.distillation.account import record_judgement
+    from embedkit.finetuning.distillation.judging import judge_backbone, verdict_dict, verdict_text
 
     with printing.ImageBar(quiet) as bar:
         verdicts = judge_backbone(
-            backbone, Store.open(judge), output / "judged.h5", split=split, workers=workers, progress=bar.update
+            backbone, judge, output / "judged.h5", split=split, workers=workers, progress=bar.update
         )
+    record_judgement(output, verdict_dict(verdicts, judge, split))
     if not as_json:
         click.echo(verdict_text(verdicts))
-    return verdict_dict(verdicts)
 
 
-def _print_result(output: Path, values: dict[str, Any], as_json: bool) -> None:
+def _print_result(output: Path, stores: Path, as_json: bool, quiet: bool) -> int:
+    """Print what came of a run, and return the exit code."""
+    values = json.loads((output / "report.json").read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(values))
-        return
-    metrics = values["metrics"]
-    said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "nothing was held out"
-    click.echo(f"{output}: {values['facts']['images']:,} images, best epoch {values['history']['best_epoch']}: {said}")
+    else:
+        facts, history, metrics = values["facts"], values["history"], values["metrics"]
+        said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "nothing was held out"
+        said = f"best epoch {history['best_epoch']}: {said}" if history["epochs"] else "no epoch was trained"
+        click.echo(f"{output}: {facts['images']:,} images, {said}")
+    failed_in = values.get("failed_in") or [None]
+    printing.failed_images(
+        values.get("failures", []), values.get("failed", 0), stores / failed_in[0] if failed_in[0] else None, quiet
+    )
+    return 3 if values.get("failed") else 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from embedkit.cli import printing
-from embedkit.cli.learning import learning_options
+from embedkit.cli.learning import learning_options, naming_options, saying_that_it_goes_on
 from embedkit.cli.options import (
     FILE,
     Command,
@@ -119,7 +119,6 @@ def recipe_options(command: Command) -> Command:
 
 def recipe_of(choices: dict[str, Any]) -> Recipe:
     """Take a recipe out of the values of a command's options."""
-    from embedkit.errors import FinetuneError
     from embedkit.finetuning.feeding.augmentation import PRESETS, Augmentation
     from embedkit.finetuning.recipe import Recipe
 
@@ -128,14 +127,12 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
     for field in dataclasses.fields(Augmentation):
         value = choices.pop(field.name)
         varied[field.name] = varied.get(field.name) if value is None else value
-    try:
+    with naming_options():
         augmentation = dataclasses.replace(
             PRESETS[choices.pop("augment")], **{name: value for name, value in varied.items() if value is not None}
         )
         names = [field.name for field in dataclasses.fields(Recipe) if field.name in choices]
         return Recipe(**{name: choices.pop(name) for name in names}, augmentation=augmentation)
-    except FinetuneError as error:
-        raise click.UsageError(str(error)) from error
 
 
 @click.command()
@@ -217,13 +214,13 @@ def finetune(
         _preview(listing, backbone, recipe, splits, show_augment, as_json=as_json if dry_run else None)
         return
     assert output is not None
-    with printing.StageBars(quiet) as bars:
+    with saying_that_it_goes_on(), printing.StageBars(quiet) as bars:
         adapt(
             listing, backbone, output, recipe=recipe, store=store, workers=workers, progress=bars.update, **splits,
             **others,
         )  # fmt: skip
     if not follows():
-        ctx.exit(_print_report(output, as_json=as_json, quiet=quiet))
+        ctx.exit(_print_report(output, store, as_json=as_json, quiet=quiet))
 
 
 def follows() -> bool:
@@ -283,12 +280,14 @@ def _print_blocks(division: Division, backbone: Backbone, recipe: Recipe, as_jso
         return
     rows = [["block", "frozen", "trainable", "from epoch"]]
     rows += [[each.name, f"{each.frozen:,}", f"{each.trainable:,}", str(each.from_epoch or "never")] for each in states]
+    if not states[-1].trainable:
+        rows[-1][-1] = "afterwards"
     rows.append(["all", f"{frozen:,}", f"{trainable:,}", ""])
     click.echo(division.to_text())
     click.echo("\n".join(align_columns(rows, "<>>>")))
 
 
-def _print_report(output: Path, *, as_json: bool, quiet: bool) -> int:
+def _print_report(output: Path, store: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Print what a run bought, and return the exit code."""
     from embedkit.finetuning.comparison import BeforeAfter
     from embedkit.finetuning.run_folder import RunFolder
@@ -303,6 +302,6 @@ def _print_report(output: Path, *, as_json: bool, quiet: bool) -> int:
         click.echo(BeforeAfter.from_dict(values["comparison"]).to_text(), nl=False)
     printing.notice(f"backbone: {output}; head: {folder.head}; page: {folder.page}", quiet)
     failures = list(values.get("failures") or ())
-    for failure in failures[: printing.SHOWN_FAILURES]:
-        printing.notice(f"failed: {failure}", quiet)
+    made = next((path for path in (folder.before, store) if path is not None and path.is_file()), None)
+    printing.failed_images(failures, int(values.get("failed") or len(failures)), made, quiet)
     return 3 if failures else 0

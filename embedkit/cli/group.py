@@ -48,8 +48,8 @@ class _Group(click.Group):
                 raise  # Not about a file that the user named.
             error_lines(error)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+        except KeyboardInterrupt as interruption:
+            click.echo("; ".join(["interrupted", *map(str, interruption.args)]), err=True)
             ctx.exit(130)
 
 

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import click
+
+from embedkit.errors import FinetuneError
+
+
+@contextmanager
+def naming_options(**others: str) -> Iterator[None]:
+    """Let errors about settings be wrong usage that calls them as they are typed.
+
+    Parameters
+    ----------
+    **others : str
+        Options of settings that no option is named after.
+    """
+    try:
+        yield
+    except FinetuneError as error:
+        ctx = click.get_current_context(silent=True)
+        params = [] if ctx is None else ctx.command.params
+        names = {str(each.name): each.opts[-1] for each in params if isinstance(each, click.Option)}
+        raise click.UsageError(_as_typed(str(error), {**names, **others})) from error
+
+
+def _as_typed(text: str, names: Mapping[str, str]) -> str:
+    """Return a message with options in place of settings: words of our own names, others where they are its subject."""
+    for name, option in names.items():
+        text = re.sub(rf"^(the augmentation's )?{name}(?= (must|is)\b)", option, text)
+        if "_" in name:
+            text = re.sub(rf"\b{name}\b", option, text)
+    return text
+
+
+@contextmanager
+def saying_that_it_goes_on() -> Iterator[None]:
+    """Let Ctrl-C say that a run is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on after the last whole epoch") from None
 
 
 def learning_options(

@@ -218,8 +218,24 @@ def failures(store: Store, quiet: bool) -> None:
     for kind, found in kinds.items():
         for failure in found[:SHOWN_FAILURES]:
             notice(f"  {kind:<{width}}  {printable(failure.id)}: {printable(failure.error)}")
-    path = shlex.quote(os.fspath(store.path))
-    notice(f"embedkit info {path} --failures lists them, and extract --retry-failed tries them again")
+    notice(f"{_listing(store.path)} lists them, and extract --retry-failed tries them again")
+
+
+def failed_images(lines: Sequence[str], count: int, store: Path | None, quiet: bool) -> None:
+    """Print on standard error the first of the images that a run could not read, and which command lists them all."""
+    if not count:
+        return
+    for line in lines[:SHOWN_FAILURES]:
+        notice(f"failed: {line}", quiet)
+    more = count - min(count, SHOWN_FAILURES)
+    if store is not None:
+        notice(f"... and {more:,} more: {_listing(store)}" if more else f"{_listing(store)} lists them", quiet)
+    elif more:
+        notice(f"... and {more:,} more, which report.json names", quiet)
+
+
+def _listing(path: Path) -> str:
+    return f"embedkit info {shlex.quote(os.fspath(path))} --failures"
 
 
 def _by_kind(failed: Sequence[Failure]) -> dict[str, list[Failure]]:

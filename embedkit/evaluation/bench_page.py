@@ -38,11 +38,12 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.25rem; border-top: 1px solid var(--line); padding-top: 1.5rem;
   margin-top: 2.5rem; } h3 { font-size: 1rem; } h4 { font-size: .9rem; margin: 1.5rem 0 .4rem; }
-h1, h2, h3, h4, td, th, p, figcaption { overflow-wrap: anywhere; }
+h1, h2, h3, h4, p, figcaption { overflow-wrap: anywhere; }
 .soft, small, figcaption { opacity: .75; font-size: .85rem; } small { display: block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; font-size: .85rem; } .n { text-align: right; white-space: nowrap; }
+.w { min-width: 11em; }
 .best { font-weight: 700; } .mark { opacity: .75; font-weight: 400; font-size: .8rem; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 .beside { display: flex; flex-wrap: wrap; gap: 0 3rem; } section { max-width: 100%; }
@@ -301,7 +302,7 @@ def _failures(standings: Sequence[Standing]) -> str:
     rows = [[name(cell.backbone), name(cell.data), name(cell.protocol), text(cell.error)] for cell in failed[:DETAILS]]
     left = len(failed) - len(rows)
     note = f"<p class=soft>{left} more are left out.</p>" if left else ""
-    return f"<h2>Failed</h2>{table(['backbone', 'data', 'protocol', 'why'], rows, 'tttt')}{note}"
+    return f"<h2>Failed</h2>{table(['backbone', 'data', 'protocol', 'why'], rows, 'tttw')}{note}"
 
 
 def _circumstances(standings: Sequence[Standing], run: Circumstances) -> str:

@@ -83,7 +83,7 @@ def name(value: object) -> str:
 
 
 def table(header: list[str], rows: list[list[str]], kinds: str) -> str:
-    """Return an HTML table of cells that are HTML already; `kinds` has t for a text and n for a number each."""
+    """Return an HTML table of cells that are HTML already; `kinds` has n, t or w of each: number, text, words."""
     head = "".join(f"<th class={kind}>{cell}</th>" for cell, kind in zip(header, kinds, strict=True))
     body = "".join(
         f"<tr>{''.join(f'<td class={kind}>{cell}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>"

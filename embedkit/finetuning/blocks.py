@@ -11,6 +11,7 @@ from embedkit.errors import FinetuneError
 from embedkit.finetuning.lora import is_adapter
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.trainee import Trainee
+from embedkit.finetuning.training.losses import METRIC_LOSSES
 
 _BODY = "network.model."
 _NAMED = 3  # Parts of a block that its name has room for.
@@ -157,6 +158,8 @@ def list_states(trainee: Trainee, recipe: Recipe) -> list[BlockState]:
         trainable = sum(sizes[name] for name in names) if learns else 0
         rows.append(BlockState(block.name, whole - trainable, trainable, first if learns else 0))
     head = sum(size for name, size in sizes.items() if name.startswith("head."))
+    if recipe.loss in METRIC_LOSSES:  # One is fitted afterwards, to what the network then says.
+        return [*rows, BlockState("head", head, 0, 0)]
     return [*rows, BlockState("head", 0, head, 1)]
 
 

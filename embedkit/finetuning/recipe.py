@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ WARMUPS = ("auto", "probe", "sgd", "none")
 SCHEDULES = ("constant", "cosine", "exponential", "step", "plateau", "one-cycle")
 LOSSES = ("cross-entropy", "supcon", "arcface", "triplet")
 AMP_DTYPES = ("fp32", "bf16", "fp16")
+_LARGEST = 1 << 53  # Up to which every whole number is a float, too.
 MAX_UNITS = 1 << 20  # Of a hidden layer: beyond it is a slip of the finger, or a stranger's.
 
 
@@ -151,15 +153,18 @@ class Recipe:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise FinetuneError(f"{name} must be {_WORDS[kind]}; got {value!r}")
+                raise FinetuneError(f"{name} must be {_WORDS[kind]}; got {reprlib.repr(value)}")
         if not isinstance(self.augmentation, Augmentation):
             raise FinetuneError(f"augmentation must be an Augmentation; got {self.augmentation!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise FinetuneError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name, (text, fits) in _RANGES.items():
-            if not (math.isfinite(getattr(self, name)) and fits(getattr(self, name))):
-                raise FinetuneError(f"{name} must be {text}; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            most, words = (_LARGEST, "no larger than 2^53") if _KINDS[name] is int else (sys.float_info.max, "finite")
+            if not (fits(value) and value <= most):
+                limit = f"{text}, and {words}" if fits(value) else text
+                raise FinetuneError(f"{name} must be {limit}; got {reprlib.repr(value)}")
         hidden_units(self.head)
         _check_pairs(self)
 

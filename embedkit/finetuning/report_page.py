@@ -29,6 +29,7 @@ CLASSES = 40  # Of a table; report.json has all.
 MATRIX_CLASSES = 200  # Of a confusion in report.json.
 FAILURES = 1000
 
+_NEVER = {"head": "afterwards"}  # With a loss that trains none.
 WARMUP_TOP1 = "warm-up top1 on validation"  # Of the facts about a warm-up.
 
 
@@ -93,7 +94,7 @@ class Account:
             if len(report.classes) > MATRIX_CLASSES:
                 metrics["confusion"] = None
             values[label] = metrics
-        plain: dict[str, Any] = _finite(json.loads(json.dumps(values)))
+        plain: dict[str, Any] = finite(json.loads(json.dumps(values)))
         return plain
 
     def _reports(self) -> Iterator[tuple[str, Report]]:
@@ -104,12 +105,24 @@ class Account:
             yield "after", found.after
 
 
-def _finite(value: Any) -> Any:
-    """Return a JSON value with null in place of numbers that JSON does not know."""
+def finite(value: Any) -> Any:
+    """Return a JSON value with null in place of numbers that JSON does not know, infinity and NaN.
+
+    Parameters
+    ----------
+    value : JSON value
+        Tuples count as lists.
+
+    Examples
+    --------
+    >>> from embedkit.finetuning.report_page import finite
+    >>> finite({"loss": [0.5, float("nan")]})
+    {'loss': [0.5, None]}
+    """
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -150,7 +163,7 @@ def _comparison(found: BeforeAfter | None) -> str:
     rows = [_change(change) for change in found.changes]
     header = ["", "before", "after", "difference", "95 % interval", "p (Holm)", "images", "paired test"]
     return (
-        f"<h2>Before and after</h2><p><b>{text(found.verdict)}.</b></p>{table(header, rows, 'tnnnnnnt')}"
+        f"<h2>Before and after</h2><p><b>{text(found.verdict)}.</b></p>{table(header, rows, 'wnnnnnnw')}"
         f"<p class=soft>Bold: larger than chance, for all measures together. On {text(found.caveat)}.</p>"
     )
 
@@ -173,7 +186,7 @@ def _curves(history: History, recipe: Recipe, warmup: Mapping[str, Any]) -> str:
     best = float(history.best_epoch) if history.best_epoch else None
     losses = [Line("training loss", [(row.epoch, row.loss) for row in rows], 0)]
     losses += _metric_lines(rows, ["loss"], first=1)
-    metrics = [one for one in rows[-1].metrics if one != "loss"]
+    metrics = [one for one in dict.fromkeys(name for row in rows for name in row.metrics) if one != "loss"]
     charts = [_figure("loss", losses, "loss", best)]
     if lines := _metric_lines(rows, metrics, first=2):
         if (start := warmup.get(WARMUP_TOP1)) is not None and lines[0].name == "validation top1":
@@ -184,11 +197,16 @@ def _curves(history: History, recipe: Recipe, warmup: Mapping[str, Any]) -> str:
         for number, group in enumerate(_groups(rows))
     ]
     charts.append(_figure("learning rate of each group", rates, "learning rate", best, logarithmic=True))
-    note = f"Dashed: epoch {history.best_epoch}, the best by {recipe.metric} on the validation images." if best else ""
+    why = (
+        f"the best by {recipe.metric} on the validation images"
+        if history.judged
+        else "the last: no validation judged it"
+    )
+    note = f"Dashed: epoch {history.best_epoch}, {why}." if best else ""
     stopped = f" Stopped early: {history.stopped}." if history.stopped else ""
     return (
         f"<h2>Training</h2><div class=charts>{''.join(charts)}</div><p class=soft>{text(note + stopped)}</p>"
-        f"{_rates(rows)}{_epochs(rows, metrics, history.best_epoch)}"
+        f"{_rates(rows)}{_epochs(rows, metrics, history.best_epoch if history.judged else 0)}"
     )
 
 
@@ -313,11 +331,17 @@ def _settings(account: Account) -> str:
     rows = [_setting(key, value, defaults[key]) for key, value in values.items()]
     rows += [_setting(f"augmentation.{key}", value, plain[key]) for key, value in varied.items()]
     blocks = [
-        [name(row["name"]), f"{row['frozen']:,}", f"{row['trainable']:,}", str(row["from_epoch"] or "never")]
+        [
+            name(row["name"]),
+            f"{row['frozen']:,}",
+            f"{row['trainable']:,}",
+            str(row["from_epoch"] or _NEVER.get(row["name"], "never")),
+        ]
         for row in account.parameters
     ]
     facts = {**{f"{stage} took": f"{seconds:,.1f} s" for stage, seconds in account.seconds.items()}}
-    facts |= {key: str(value) for key, value in {**account.parent, **account.warmup, **account.circumstances}.items()}
+    facts |= {f"parent's {key.replace('_', ' ')}": str(value) for key, value in account.parent.items()}
+    facts |= {key: str(value) for key, value in {**account.warmup, **account.circumstances}.items()}
     items = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
     return (
         f"<h2>How it was run</h2><dl>{items}</dl>"

@@ -84,7 +84,7 @@ def conclude(
     comparison = None
     if before is not None:
         with job.stage("comparison", f"on {counted(len(job.division.test), 'image')} of {job.division.test.name}"):
-            comparison = _compared(job, before, after, trained)
+            comparison = _compared(job, before, after, trained, judged=history.judged)
         log.info("%s", comparison.verdict)
     found = {failure.id: failure.reason for failure in job.listing.failures} | job.failures
     for store in (after, before):  # Stores say it in the extraction's own words.
@@ -150,16 +150,16 @@ def _embeddings(
     return x, np.array([codes[id] for id in ids], dtype=np.int64), ids
 
 
-def _compared(job: Job, before: Store, after: Store | None, trained: Report) -> BeforeAfter:
+def _compared(job: Job, before: Store, after: Store | None, trained: Report, *, judged: bool) -> BeforeAfter:
     division = job.division
     names = (division.train.name, division.val.name, division.test.name)
     # A head that nobody trained beside the network is a probe already.
-    judged = None if job.recipe.loss in METRIC_LOSSES and after is not None else trained
+    fitted = None if job.recipe.loss in METRIC_LOSSES and after is not None else trained
     found = compare_stores(
-        before, after, os.fspath(job.folder.split), names, trained=judged, seed=job.recipe.seed,
+        before, after, os.fspath(job.folder.split), names, trained=fitted, seed=job.recipe.seed,
         progress=lambda line: log.info("%s", line),
     )  # fmt: skip
-    chosen = found.chosen_on and job.recipe.epochs > 0  # Without an epoch there was none to choose.
+    chosen = found.chosen_on and judged  # Without an epoch, or its validation, there was none to choose.
     return replace(found, chosen_on=chosen, after=trained if found.after is None else found.after)
 
 

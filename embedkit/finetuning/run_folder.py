@@ -112,7 +112,8 @@ class RunFolder:
 
     def _differences(self, wanted: Mapping[str, Any]) -> list[str]:
         """Return lines that say what is otherwise in the run that lies here."""
-        found = read_object(self.recipe)
+        advice = f"name another folder, or remove {self.path} yourself if nothing but a run is in it"
+        found = read_object(self.recipe, advice)
         left, right = (flat({name: one.get(name) or {} for name in wanted}) for one in (found, wanted))
         return [
             f"\n  {name}: {left.get(name)!r} there, {right.get(name)!r} now"
@@ -156,8 +157,15 @@ def images_sha256(entries: Iterable[Entry]) -> str:
     return digest.hexdigest()
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, advice: str = "name another folder") -> dict[str, Any]:
     """Return the JSON object of a file that a run wrote.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    advice : str, default "name another folder"
+        What to do where it is damaged.
 
     Raises
     ------
@@ -176,4 +184,4 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise FinetuneError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise FinetuneError(f"{path} is not what a run writes: {error}; name another folder") from error
+        raise FinetuneError(f"{path} is not what a run writes: {error}; {advice}") from error

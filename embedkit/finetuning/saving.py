@@ -19,7 +19,7 @@ from embedkit.backbones.network import Network
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.lora import merged
 from embedkit.spec import EmbeddingSpec
-from embedkit.store.durable import aside, naming, publish_over, sync
+from embedkit.store.durable import aside, naming, publish_made
 
 FORMAT, VERSION = "embedkit-backbone", 1
 SIDECAR, TIMM_CONFIG, WEIGHTS = "backbone.json", "config.json", "model.safetensors"
@@ -97,11 +97,11 @@ def save_backbone(
         except SafetensorError as error:
             raise FinetuneError(f"{folder / WEIGHTS} cannot be written: {error}") from error
         files = {WEIGHTS: {"bytes": fresh.stat().st_size, "sha256": _sha256(fresh)}}
-        _publish(fresh, folder / WEIGHTS)
+        publish_made(fresh, folder / WEIGHTS)
     for name, content in ((TIMM_CONFIG, timm_config(described)), (SIDECAR, {**values, "files": files})):
         with aside(folder) as fresh:
             fresh.write_bytes(_json(content))
-            _publish(fresh, folder / name)
+            publish_made(fresh, folder / name)
 
 
 def _tensors(state: Mapping[str, torch.Tensor], precision: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -135,10 +135,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _publish(fresh: Path, path: Path) -> None:
-    """Give a written file its name, once the disk has its bytes."""
-    with fresh.open("rb+") as file, naming(path):
-        sync(file.fileno())
-    publish_over(fresh, path)

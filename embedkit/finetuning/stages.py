@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,19 @@ from embedkit.finetuning.blocks import Block, blocks_of, list_states, trainable_
 from embedkit.finetuning.dividing import divide, own_split
 from embedkit.finetuning.examples import Division, Examples, leaks_across
 from embedkit.finetuning.feeding.feed import Feed
+from embedkit.finetuning.feeding.ordering import class_batches
 from embedkit.finetuning.job import Job, Watcher
 from embedkit.finetuning.layers import as_estimator
 from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.report_page import WARMUP_TOP1
 from embedkit.finetuning.results import conclude
 from embedkit.finetuning.run_folder import RunFolder, images_sha256, read_object
-from embedkit.finetuning.trainee import Trainee, make_trainee
+from embedkit.finetuning.trainee import Trainee, check_statistics, make_trainee
 from embedkit.finetuning.training.checkpoints import forget, state_folder
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History
 from embedkit.finetuning.training.loop import resumable, train
-from embedkit.finetuning.training.losses import METRIC_LOSSES, class_batches, make_criterion
+from embedkit.finetuning.training.losses import COMPARING, METRIC_LOSSES, make_criterion
 from embedkit.finetuning.training.optimisers import check_optimiser
 from embedkit.finetuning.training.recall import RECALL_METRICS, validate_recall
 from embedkit.finetuning.training.recorders import Recorder, TensorBoardRecorder, WandbRecorder
@@ -152,6 +154,7 @@ def finetune(
             listing, split, train_split=train_split, val_split=val_split, test_split=test_split, seed=recipe.seed
         )
         job = _prepared(backbone, recipe, division, folder, world, workers, progress or say_nothing)
+        _check_company(job)
         recorders = _recorders(job, tensorboard, wandb, wandb_offline)
         given = _checked_store(job, store)
         if _claimed(job, overwrite, given, reextract):
@@ -200,6 +203,7 @@ def make_ready(backbone: Backbone, recipe: Recipe, classes: int) -> tuple[Traine
         )
     check_optimiser(recipe)
     trainee = make_trainee(backbone, classes, recipe)
+    check_statistics(trainee.network, recipe)
     blocks = blocks_of(trainee)
     late = trainable_at(blocks, recipe, sys.maxsize) - trainable_at(blocks, recipe, max(1, recipe.epochs))
     if late and recipe.epochs:
@@ -228,6 +232,20 @@ def _prepared(
     images = images_sha256(entry for part in division.parts for entry in part.entries)
     identity = {"backbone": backbone.spec.digest, "images": images, "division": division.sha256}
     return Job(backbone, recipe, division, folder, world, workers, watch, trainee, blocks, criterion, identity)
+
+
+def _check_company(job: Job) -> None:
+    """Refuse a patience that nothing could end, and say where no epoch can be judged by the validation images."""
+    recipe, val = job.recipe, job.division.val
+    if recipe.loss not in METRIC_LOSSES or not recipe.epochs or len(np.unique(val.codes)) < len(val.codes):
+        return
+    found = f"no class has two images in {val.name}, so recall@1 can judge no epoch"
+    if recipe.patience:
+        raise FinetuneError(
+            f"{found}, and --patience would never end the run; drop it, or give more images to {val.name} by --split"
+        )
+    if job.world.first:
+        log.warning("%s: the last one is kept; to choose the best, give more images to %s by --split", found, val.name)
 
 
 def _recorders(job: Job, tensorboard: bool, wandb: str | None, offline: bool) -> list[Recorder]:
@@ -305,7 +323,14 @@ def _embed_before(job: Job, *, wanted: bool) -> Store | None:
 
 
 def _readable(job: Job, store: Store | None) -> Division:
-    return job.division if store is None else job.division.without(failure.id for failure in store.failures)
+    if store is None:
+        return job.division
+    division = job.division.without(failure.id for failure in store.failures)
+    lost = [(len(part) - len(left), part.name) for part, left in zip(job.division.parts, division.parts, strict=True)]
+    if any(count for count, _ in lost) and job.world.first:
+        each = ", ".join(f"{count:,} of {name}" for count, name in lost if count)
+        log.warning("images that could not be read are left out: %s", each)
+    return division
 
 
 def _leaks(job: Job, store: Store | None) -> dict[str, Leaks]:
@@ -328,7 +353,7 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
     """Fit the head to the stored embeddings, and return how; where a run goes on, how it was."""
     recipe, kept = job.recipe, state_folder(job.folder.path) / "warmup.json"
     if resumable(job.folder.path, job.identity, recipe, world=job.world):
-        return read_object(kept) if kept.is_file() else {}
+        return _kept_facts(kept) if kept.is_file() else {}
     if before is None or recipe.warmup_kind == "none" or recipe.loss in METRIC_LOSSES:
         return {"warm-up": "none"}
     train = job.division.train
@@ -347,6 +372,16 @@ def _warm_up(job: Job, before: Store | None) -> dict[str, Any]:
     return facts
 
 
+def _kept_facts(path: Path) -> dict[str, Any]:
+    """Return how the head of a run that goes on was fitted."""
+    advice = f"remove the folder {path.parent} to begin the run again"
+    facts = read_object(path, advice)
+    top1 = facts.get(WARMUP_TOP1, 0.0)
+    if type(top1) not in (int, float) or not 0 <= top1 <= 1:
+        raise FinetuneError(f"{path} is not what a run writes: its {WARMUP_TOP1} is {top1!r}; {advice}")
+    return facts
+
+
 def _train(job: Job, recorders: Sequence[Recorder]) -> History:
     recipe, world, division = job.recipe, job.world, job.division
 
@@ -357,11 +392,13 @@ def _train(job: Job, recorders: Sequence[Recorder]) -> History:
         )  # fmt: skip
 
     def class_steps(epoch: int) -> Sequence[Rows]:
-        return list(class_batches(division.train.codes, recipe.batch_size * world.size, seed=recipe.seed, epoch=epoch))
+        return class_batches(
+            division.train.codes, recipe.batch_size, balance=recipe.balance, processes=world.size, seed=recipe.seed,
+            epoch=epoch,
+        )  # fmt: skip
 
-    metric = recipe.loss in METRIC_LOSSES
-    learnt, val = feed(division.train, class_steps if metric else None), feed(division.val)
-    judge = _judge(metric)
+    learnt = feed(division.train, class_steps if recipe.loss in COMPARING else None)
+    val, judge = feed(division.val), _judge(recipe.loss in METRIC_LOSSES)
     learning = sum(state.trainable for state in list_states(job.trainee, recipe)) if recipe.epochs else 0
     with job.stage("training", f"{counted(recipe.epochs, 'epoch')}, {learning:,} parameters learn"):
         history = train(

@@ -133,6 +133,29 @@ def make_trainee(backbone: Backbone, classes: int, recipe: Recipe) -> Trainee:
     return trainee.to(backbone.device).eval()
 
 
+def check_statistics(network: Network, recipe: Recipe) -> None:
+    """Refuse batches of a single image where batch normalisation is to learn its statistics.
+
+    Parameters
+    ----------
+    network : Network
+        What is to learn.
+    recipe : Recipe
+        Of which batch_size, unfreeze, freeze_norm and from_scratch are read.
+
+    Raises
+    ------
+    FinetuneError
+        When there is no such thing as those statistics.
+    """
+    learned = recipe.from_scratch or (not recipe.freeze_norm and recipe.unfreeze != "none")
+    if recipe.batch_size == 1 and learned and any(isinstance(module, _BatchNorm) for module in network.modules()):
+        other = "" if recipe.from_scratch else ", or --freeze-norm"
+        raise FinetuneError(
+            f"batch normalisation learns no statistics of a single image; choose a --batch-size of 2 or more{other}"
+        )
+
+
 def _taking_part(network: Network) -> tuple[str, ...]:
     """Return the names of the parameters that a gradient reaches from the embedding of one picture."""
     before = [parameter.requires_grad for parameter in network.parameters()]

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import socket
+import stat
 import sys
 import uuid
 from collections.abc import Iterator
@@ -111,6 +112,22 @@ def publish_over(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def publish_made(source: Path, target: Path) -> None:
+    """Give a file that another library wrote its name, durably, with the permissions of any new file there.
+
+    Some libraries make files for their owner alone, whatever the umask says.
+    """
+    with aside(target.parent) as usual, naming(target):
+        handle = create(usual)  # Asking the umask itself would change it for all threads.
+        try:
+            os.chmod(source, stat.S_IMODE(os.fstat(handle).st_mode))
+        finally:
+            os.close(handle)
+        with source.open("rb+") as file:
+            sync(file.fileno())
+    publish_over(source, target)
+
+
 def free_bytes(folder: Path) -> int:
     """Return how many bytes may still be written below a folder."""
     return shutil.disk_usage(folder).free
@@ -137,6 +154,6 @@ def reserve(handle: int, path: Path, size: int) -> None:
 
 
 __all__ = [
-    "ASIDE", "aside", "aside_name", "create", "free_bytes", "naming", "publish_new", "publish_over", "reserve", "sync",
-    "sync_folder", "write_all", "write_durably",
+    "ASIDE", "aside", "aside_name", "create", "free_bytes", "naming", "publish_made", "publish_new", "publish_over",
+    "reserve", "sync", "sync_folder", "write_all", "write_durably",
 ]  # fmt: skip

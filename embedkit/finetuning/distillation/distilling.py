@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ from embedkit.evaluation.speeds import machine_name
 from embedkit.extraction import Progress
 from embedkit.extraction.extracting import listed
 from embedkit.finetuning.blocks import blocks_of
+from embedkit.finetuning.distillation.account import describe_backbone, list_failures, write_account
 from embedkit.finetuning.distillation.mimicry import MIMICRIES, Mimicry, validate_mimicry
-from embedkit.finetuning.distillation.page import distillation_page
 from embedkit.finetuning.distillation.students import (
     Student,
     fit_projection,
@@ -33,14 +34,15 @@ from embedkit.finetuning.distillation.students import (
 )
 from embedkit.finetuning.distillation.targets import Targets, build_targets
 from embedkit.finetuning.distillation.teachers import common_ids, embed_views, load_teachers, open_stores
-from embedkit.finetuning.distillation.views import check_views, list_views, view_id
+from embedkit.finetuning.distillation.views import check_views, list_views, name_views, view_id
 from embedkit.finetuning.feeding.augmentation import Augmentation
 from embedkit.finetuning.feeding.feed import Feed
 from embedkit.finetuning.feeding.ordering import in_steps
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.report_page import finite
 from embedkit.finetuning.run_folder import RunFolder, images_sha256
 from embedkit.finetuning.saving import save_backbone
-from embedkit.finetuning.trainee import Trainee
+from embedkit.finetuning.trainee import Trainee, check_statistics
 from embedkit.finetuning.training.checkpoints import forget
 from embedkit.finetuning.training.distributed import World, join_world
 from embedkit.finetuning.training.history import History, Moment
@@ -48,7 +50,7 @@ from embedkit.finetuning.training.loop import resumable, train
 from embedkit.finetuning.training.optimisers import check_optimiser
 from embedkit.index.duplicates.grouping import copies_among
 from embedkit.sources import Listing
-from embedkit.spec import EmbeddingSpec, Preprocessing
+from embedkit.spec import Preprocessing
 from embedkit.store import Store
 from embedkit.text import counted
 
@@ -220,19 +222,22 @@ def distill(
             student, known[0].preprocessing, img_size=img_size, arch_kwargs=arch_kwargs, seed=recipe.seed,
             drop_path=recipe.drop_path, device=device,
         )  # fmt: skip
+        check_statistics(pupil.network, recipe)
         identity = {**_identity(pupil, known, listing, settings), "project": project, "precision": precision}
         if world.first:
-            folder.claim(recipe, identity, overwrite=overwrite)
+            begun = [one.recipe["model"] if isinstance(one, Backbone) else os.fspath(one) for one in (*known, student)]
+            folder.claim(recipe, identity, overwrite=overwrite, inputs=begun)
         world.wait()
         if folder.finished and world.first:
             log.info("%s: this run is finished already; --overwrite repeats it", folder.path)
         if not folder.finished:
             views = list_views(listing, settings.views, settings.smallest_view, recipe.seed)
             places = stores or folder.path / "teachers"
+            kind = name_views(settings.views, settings.smallest_view, recipe.seed)
             if world.first:
-                embed_views(views, known, places, workers=workers, progress=progress)
+                embed_views(views, known, places, kind=kind, workers=workers, progress=progress)
             world.wait()  # The others find whole stores.
-            found = open_stores(known, places)
+            found = open_stores(known, places, kind)
             lesson = _prepare(listing, found, folder, settings, recipe, world)
             history, projection = _teach(pupil, lesson, folder, settings, recipe, identity, world, workers, progress)
             if world.first:
@@ -339,9 +344,13 @@ def _fit_first(trainee: Trainee, lesson: _Lesson, pixels: Preprocessing, recipe:
     embeddings, targets = [], []
     with torch.no_grad():
         for batch in feed.validation():
+            if not len(batch.rows):
+                continue
             device = next(trainee.parameters()).device
             embeddings.append(trainee.embed(batch.pixels.to(device)).cpu())
             targets.append(torch.from_numpy(lesson.targets.rows(numbers[batch.rows.numpy()])))
+    if not embeddings:
+        raise FinetuneError(f"none of the {len(numbers):,} training images can be read any more: {feed.failures[0]}")
     fit_projection(trainee, torch.cat(embeddings), torch.cat(targets))
 
 
@@ -350,32 +359,27 @@ def _finish(
     precision: str,
 ) -> None:  # fmt: skip
     """Write the backbone and the report, and remove what a resumed run would have needed."""
-    metrics = dict(history.best.metrics) if history.best else {}
+    measured = history.best.metrics if history.best else {}
+    metrics = {name: value for name, value in measured.items() if math.isfinite(value)}  # Others are none of JSON's.
     facts = {
         "images": len(lesson.train), "held_out": len(lesson.held), "views": settings.views,
         "seconds": round(sum(row.seconds for row in history.epochs)), "machine": machine_name(),
         "finished": time.strftime("%Y-%m-%d %H:%M %Z"), **versions(),
     }  # fmt: skip
-    begun = None if student.fresh else _described(student.spec)
+    begun = None if student.fresh else describe_backbone(student.spec)
     save_backbone(
         folder.path, student.network, student.spec, parents=[store.spec for store in lesson.stores],
         recipe={**recipe.to_dict(), "distillation": asdict(settings)}, metrics=metrics,
         information={**facts, "began_with": begun}, precision=precision,
     )  # fmt: skip
     taught = Backbone.load(folder.path, device="cpu").spec
-    account = {
-        "metrics": metrics, "student": _described(taught), "began_with": begun, "facts": facts,
-        "teachers": [_described(store.spec) for store in lesson.stores], "settings": asdict(settings),
-        "recipe": recipe.to_dict(), "history": history.to_dict(),
-    }  # fmt: skip
     height, width = student.spec.preprocessing.img_size
-    title = f"{student.spec.backbone} at {width} x {height} pixels"
-    folder.write_report(account, distillation_page(title, account, history))
-    forget(folder.path)
-
-
-def _described(spec: EmbeddingSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name, "dim": spec.dim, "digest": spec.digest,
-        "img_size": list(spec.preprocessing.img_size), "weights_sha256": spec.weights_sha256,
+    account = {
+        "title": f"{student.spec.backbone} at {width} x {height} pixels",
+        "metrics": metrics, "student": describe_backbone(taught), "began_with": begun, "facts": facts,
+        "teachers": [describe_backbone(store.spec) for store in lesson.stores], "settings": asdict(settings),
+        "recipe": recipe.to_dict(), "history": finite(history.to_dict()),
+        **list_failures(lesson.stores, settings.views),
     }  # fmt: skip
+    write_account(folder, account)
+    forget(folder.path)

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from embedkit.backbones import Backbone
-from embedkit.errors import FinetuneError
+from embedkit.errors import FinetuneError, ImageError
 from embedkit.evaluation.columns import align_columns
 from embedkit.evaluation.probing import probe
+from embedkit.evaluation.splits import Split, split_store, whole_store
 from embedkit.extraction import Progress, extract
 from embedkit.images import Data
 from embedkit.index.pictures import read_picture
@@ -75,6 +76,38 @@ class _Pictures(Entries):
         return _Picture(self.store.ids[number], None if code < 0 else self.store.classes[code], self.store, number)
 
 
+def check_judge(store: Store, split: str | os.PathLike[str] | None = None) -> None:
+    """Find out what would keep a store from judging, before there is anything to judge.
+
+    Parameters
+    ----------
+    store : Store
+        As for `judge_backbone`.
+    split : path-like, optional
+        As for `judge_backbone`.
+
+    Raises
+    ------
+    FinetuneError
+        When the store has no labels, or its images are gone.
+    EvaluationError
+        When the split does not fit the store.
+    """
+    if store.labels is None:
+        raise FinetuneError(f"{store.path} has no labels to judge by; make it of a folder of classes")
+    if split is None:
+        whole_store(store)
+    else:
+        split_store(store, Split.read(split), "train", None)
+    try:
+        read_picture(store, store.ids[0])  # Of a folder that was moved, the first is gone, too.
+    except ImageError as error:
+        raise FinetuneError(
+            f"the images of {store.path} are not where it says, such as {store.ids[0]!r} ({error.reason}); embed them "
+            "again, and judge by that store"
+        ) from error
+
+
 def judge_backbone(
     backbone: Backbone,
     store: Store,
@@ -116,8 +149,7 @@ def judge_backbone(
     EmbedkitError
         Whatever `extract` and `probe` raise.
     """
-    if store.labels is None:
-        raise FinetuneError(f"{store.path} has no labels to judge by; make it of a folder of classes")
+    check_judge(store, split)
     listing = Listing(store.root or store.path, _Pictures(store), store.classes, [], 0, has_paths=True)
     stale = os.path.exists(output) and Store.open(output).digest != backbone.spec.digest
     made = extract(listing, output, backbone, workers=workers, overwrite=stale, progress=progress)
@@ -139,9 +171,15 @@ def verdict_text(verdicts: tuple[Verdict, Verdict]) -> str:
     return "\n".join(align_columns(rows, "<<>>>"))
 
 
-def verdict_dict(verdicts: tuple[Verdict, Verdict]) -> dict[str, Any]:
-    """Return JSON values."""
-    return {name: asdict(each) for name, each in zip(ROLES, verdicts, strict=True)}
+def verdict_dict(
+    verdicts: tuple[Verdict, Verdict], store: Store, split: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Return JSON values, with what was judged on."""
+    return {
+        **{name: asdict(each) for name, each in zip(ROLES, verdicts, strict=True)},
+        "store": os.path.abspath(store.path), "content_id": store.content_id, "images": len(store),
+        "split": None if split is None else os.path.abspath(split),
+    }  # fmt: skip
 
 
 def _verdict(store: Store, split: str | os.PathLike[str] | None, seed: int) -> Verdict:

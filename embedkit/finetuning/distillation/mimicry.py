@@ -105,6 +105,8 @@ def validate_mimicry(
     device, widths = next(trainee.parameters()).device, criterion.widths
     sums = torch.zeros(len(widths) + 2, dtype=torch.float64, device=device)
     for batch in feed.validation():
+        if not len(batch.rows):  # None of its images can be read any more.
+            continue
         outputs = outputs_of(trainee, batch, context)  # (b, d)
         wanted = torch.from_numpy(targets(batch.rows.cpu().numpy())).to(device)
         pairs = zip(_parts(outputs, widths), _parts(wanted, widths), strict=True)

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedkit.errors import FinetuneError
+from embedkit.evaluation.cells import write_whole
 from embedkit.index.whitening import FLOOR, Whitening, principal_directions
 from embedkit.store import Store
-from embedkit.store.durable import aside_name
+from embedkit.store.durable import aside, naming, publish_over, sync, sync_folder
 
 _BLOCK = 8192
 
@@ -122,8 +123,7 @@ def build_targets(
     maps = [fit_target_map(store, width, whitening, seed=seed) for store in stores]
     widths = tuple(found.dim for found in maps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(aside_name())
-    try:
+    with aside(path.parent) as fresh:
         values = np.lib.format.open_memmap(fresh, mode="w+", dtype=np.float16, shape=(len(ids), sum(widths)))
         for number, (store, map_) in enumerate(zip(stores, maps, strict=True)):
             columns = slice(sum(widths[:number]), sum(widths[: number + 1]))
@@ -133,11 +133,12 @@ def build_targets(
                 values[span, columns] = map_.apply(store.rows(rows[span]))
         values.flush()
         del values
+        with fresh.open("rb+") as file, naming(path):
+            sync(file.fileno())
         note.unlink(missing_ok=True)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    note.write_text(json.dumps({**made_of, "widths": widths}))
+        sync_folder(path.parent)  # After a power cut, no note speaks of other targets than those beside it.
+        publish_over(fresh, path)
+    write_whole(note, json.dumps({**made_of, "widths": widths}).encode())
     return Targets(np.load(path, mmap_mode="r", allow_pickle=False), widths)
 
 
@@ -147,7 +148,7 @@ def _existing(path: Path, note: Path, made_of: dict[str, object], count: int) ->
         said = json.loads(note.read_bytes())
         widths = tuple(int(width) for width in said.pop("widths"))
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
         return None  # None there, or half of one: it is made in seconds.
     if said != made_of or values.shape != (count, sum(widths)) or values.dtype != np.float16:
         return None

@@ -63,13 +63,14 @@ def embed_views(
     teachers: Sequence[Backbone],
     folder: str | os.PathLike[str],
     *,
+    kind: str = "",
     workers: int | None = None,
     progress: Callable[[str, Progress], None] | None = None,
 ) -> list[Store]:
     """Embed views by every teacher, each into a store of its own, or bring its store up to date.
 
     A run that was stopped goes on where it was; what a store has is not computed again, so one folder serves every
-    student of these teachers and images.
+    student of these teachers and images, with any views.
 
     Parameters
     ----------
@@ -77,7 +78,9 @@ def embed_views(
         As `list_views` makes them.
     teachers : sequence of Backbone
     folder : path-like
-        Of the stores, which are named after backbone and digest.
+        Of the stores, which are named after backbone, digest and `kind`.
+    kind : str, optional
+        What `name_views` calls the views.
     workers : int, optional
         As for `extract`.
     progress : callable, optional
@@ -98,13 +101,13 @@ def embed_views(
     for teacher in teachers:
         log.info("teacher: %s", teacher.description)
         report = None if progress is None else partial(progress, teacher.spec.backbone)
-        stores.append(extract(views, _place(teacher, folder), teacher, workers=workers, progress=report))
+        stores.append(extract(views, _place(teacher, folder, kind), teacher, workers=workers, progress=report))
     return stores
 
 
-def open_stores(teachers: Sequence[Backbone], folder: str | os.PathLike[str]) -> list[Store]:
+def open_stores(teachers: Sequence[Backbone], folder: str | os.PathLike[str], kind: str = "") -> list[Store]:
     """Open what `embed_views` has made in this folder."""
-    return [Store.open(_place(teacher, folder)) for teacher in teachers]
+    return [Store.open(_place(teacher, folder, kind)) for teacher in teachers]
 
 
 def common_ids(stores: Sequence[Store]) -> npt.NDArray[np.bytes_]:
@@ -115,5 +118,5 @@ def common_ids(stores: Sequence[Store]) -> npt.NDArray[np.bytes_]:
     return found
 
 
-def _place(teacher: Backbone, folder: str | os.PathLike[str]) -> Path:
-    return Path(folder, f"{teacher.spec.backbone}-{teacher.spec.digest[:12]}.h5")
+def _place(teacher: Backbone, folder: str | os.PathLike[str], kind: str) -> Path:
+    return Path(folder, f"{teacher.spec.backbone}-{teacher.spec.digest[:12]}{kind}.h5")

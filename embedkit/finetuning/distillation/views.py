@@ -92,6 +92,23 @@ def view_id(id: str, number: int) -> str:
     return f"{number:02d}/{id}"
 
 
+def image_id(view: str) -> str:
+    """Return the id of the image that a view of several is of."""
+    return view.partition("/")[2]
+
+
+def name_views(views: int, smallest: float, seed: int) -> str:
+    """Return what tells stores of these views from others, in a file's name; nothing for whole images.
+
+    Examples
+    --------
+    >>> from embedkit.finetuning.distillation.views import name_views
+    >>> name_views(4, 0.3, 0), name_views(1, 0.3, 0)
+    ('-4-views-of-0.3-seed-0', '')
+    """
+    return "" if views == 1 else f"-{views}-views-of-{float(smallest)}-seed-{seed}"
+
+
 def list_views(listing: Listing, views: int, smallest: float = 0.3, seed: int = 0) -> Listing:
     """Return a listing of several views of each image: the whole image, and squares drawn by chance.
 

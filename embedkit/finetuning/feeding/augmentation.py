@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 from embedkit.errors import FinetuneError
 
@@ -57,7 +59,7 @@ class Augmentation:
     Raises
     ------
     FinetuneError
-        When a chance lies outside of [0, 1], or an amount has no meaning.
+        When a chance lies outside of [0, 1], an amount has no meaning, or a value is of another kind.
 
     Examples
     --------
@@ -94,11 +96,17 @@ class Augmentation:
     mixup_off_epoch: int = 0
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            word, fits = _KINDS[str(each.type)]
+            value = getattr(self, each.name)
+            if not fits(value):
+                raise FinetuneError(f"the augmentation's {each.name} must be {word}; got {reprlib.repr(value)}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:  # Of NaN too.
-                limit = f"between {low:g} and {high:g}" if high < math.inf else f"{low:g} or more"
-                raise FinetuneError(f"the augmentation's {name} must be {limit}, not {value!r}")
+                raise FinetuneError(
+                    f"the augmentation's {name} must be between {low:g} and {high:g}, not {reprlib.repr(value)}"
+                )
         smallest, largest = self.crop_scale
         if not 0 < smallest <= largest <= 1:
             raise FinetuneError(f"crop_scale is two shares, the smaller one first, not {self.crop_scale!r}")
@@ -130,11 +138,23 @@ class Augmentation:
         return bool(self.mixup or self.cutmix) and self.mix_prob > 0
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "float": ("a number", _is_number),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "str": ("text", lambda value: isinstance(value, str)),
+    "tuple[float, float]": (
+        "two numbers", lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+    ),
+}  # fmt: skip
 _RANGES: dict[str, tuple[float, float]] = {
     "hflip": (0, 1), "vflip": (0, 1), "rotation": (0, 180), "zoom": (0, 0.9), "shear": (0, 80), "shift": (0, 1),
     "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1), "hue": (0, 0.5), "channel_shift": (0, 1),
-    "reprob": (0, 1), "mixup": (0, math.inf), "cutmix": (0, math.inf), "mix_prob": (0, 1),
-    "mixup_off_epoch": (0, math.inf),
+    "reprob": (0, 1), "mixup": (0, 1e6), "cutmix": (0, 1e6), "mix_prob": (0, 1),
+    "mixup_off_epoch": (0, 1e9),
 }  # fmt: skip
 
 PRESETS: Mapping[str, Augmentation] = MappingProxyType(

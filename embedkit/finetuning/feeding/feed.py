@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,23 @@ Box = tuple[int, int, int, int]
 
 # Every chance has a generator of its own, told apart by its first number. What is drawn for one moves no other.
 _ORDER, _IMAGE, _MIX = 1, 2, 3
+
+
+def chances_of(seed: int, epoch: int, row: int, repeat: int = 0) -> np.random.Generator:
+    """Return what an image's variant is drawn from.
+
+    Parameters
+    ----------
+    seed : int
+        The recipe's.
+    epoch : int
+        From 1.
+    row : int
+        Which of a feed's entries it is.
+    repeat : int, default 0
+        How often it has come before in this epoch.
+    """
+    return np.random.default_rng([_IMAGE, seed, epoch, row, repeat])
 
 
 @dataclass(frozen=True)
@@ -160,9 +178,19 @@ class Feed:
     @property
     def steps(self) -> int:
         """How many batches an epoch has."""
+        return self._extent[0]
+
+    @property
+    def images(self) -> int:
+        """How many images an epoch has, in all processes; such as one view of each."""
+        return self._extent[1]
+
+    @cached_property
+    def _extent(self) -> tuple[int, int]:
         if self._batches is not None:
-            return len(self._batches(1))
-        return count_steps(len(self.entries), self.recipe.batch_size, self.world)
+            first = self._batches(1)
+            return len(first), sum(map(len, first))
+        return count_steps(len(self.entries), self.recipe.batch_size, self.world), len(self.entries)
 
     def epoch(self, number: int) -> Generator[TrainBatch, None, None]:
         """Yield the batches of an epoch, counted from 1.
@@ -173,7 +201,7 @@ class Feed:
         augmentation, seed = self.recipe.augmentation, self.recipe.seed
 
         def decode(data: Any, place: _Place) -> Pixels:
-            random = np.random.default_rng([_IMAGE, seed, number, place.row, place.repeat])
+            random = chances_of(seed, number, place.row, place.repeat)
             id = self.entries[place.row].id
             return read_variant(data, self.preprocessing, augmentation, random, id=id, max_pixels=self.max_pixels)
 

@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedkit.errors import ImageError
+from embedkit.errors import FinetuneError, ImageError
 from embedkit.evaluation.bench_page import page_style
 from embedkit.evaluation.cell_details import name, text
 from embedkit.evaluation.cells import write_whole
 from embedkit.extraction.computing import read_entry
 from embedkit.finetuning.feeding.augmentation import Augmentation
+from embedkit.finetuning.feeding.feed import chances_of
 from embedkit.finetuning.feeding.mixing import mix_batch
 from embedkit.finetuning.feeding.transforms import read_variant
 from embedkit.finetuning.recipe import Recipe
@@ -66,7 +67,8 @@ def write_samples(
     preprocessing : Preprocessing
         The backbone's.
     recipe : Recipe
-        Its `augmentation`; its `seed` draws the images, and their variants as in the first epochs.
+        Its `augmentation`; its `seed` draws the images, and their variants as in the first epochs of a
+        run on these entries.
     codes : array of shape (n,), optional
         int64, the class of each entry: every class is shown before any is shown twice.
     max_pixels : int, default 178956970
@@ -76,6 +78,8 @@ def write_samples(
     ------
     ImageError
         When none of the images that were drawn can be read.
+    FinetuneError
+        When the page cannot be written.
 
     Examples
     --------
@@ -98,7 +102,11 @@ def write_samples(
         "The framed pictures are what the evaluation sees, without chance.</p></header>\n"
         + "\n".join(part for part in parts if part)
     )
-    write_whole(page, html.encode("utf-8", "backslashreplace"))
+    try:
+        write_whole(page, html.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise FinetuneError(f"{page} cannot be written: {reason}; name a file in a folder that exists") from error
 
 
 def _chosen(entries: Sequence[Entry], codes: npt.NDArray[np.int64] | None, seed: int) -> list[_Sample]:
@@ -184,7 +192,7 @@ def _variants(
     sample: _Sample, preprocessing: Preprocessing, augmentation: Augmentation, seed: int, max_pixels: int
 ) -> Iterator[Pixels]:
     for number in range(1, VARIANTS + 1):
-        random = np.random.default_rng([seed, number, sample.row])
+        random = chances_of(seed, number, sample.row)
         yield read_variant(
             sample.data, preprocessing, augmentation, random, id=sample.entry.id, max_pixels=max_pixels
         )  # fmt: skip

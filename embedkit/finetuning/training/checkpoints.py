@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from embedkit.errors import FinetuneError
-from embedkit.store.durable import ASIDE, aside, naming, publish_over, sync
+from embedkit.store.durable import ASIDE, aside, publish_made
 
 FORMAT, VERSION = "embedkit-training", 1
 LAST = "last.safetensors"
-_OURS = ("name", "base_lr", "weight_decay")  # Of an optimiser's group: what no update moves.
+_COUNTERS = ("step", "lookahead_step")  # All that updates move in an optimiser's group; the recipe decides the rest.
+_MOST_STEPS = 1 << 53
 _SHOWN = 8  # Fields of two runs that differ.
 
 
@@ -56,9 +57,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
             save_file(values, fresh, metadata={"embedkit": text})
         except SafetensorError as error:
             raise FinetuneError(f"{path} cannot be written: {error}; mend that and run the same command") from error
-        with fresh.open("rb+") as file, naming(path):
-            sync(file.fileno())
-        publish_over(fresh, path)
+        publish_made(fresh, path)
 
 
 def _alone(value: Tensor, seen: set[int]) -> Tensor:
@@ -76,7 +75,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises
     ------
     FinetuneError
-        When the file is no state, is damaged, or is of a newer embedkit.
+        When the file is no state, is damaged, is of a newer embedkit, or the system does not let it be read.
     """
     facts = load_facts(path)
     with _explaining(path), safe_open(path, framework="pt") as file:
@@ -101,7 +100,7 @@ def load_facts(path: Path) -> dict[str, Any]:
 def _explaining(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FinetuneError(
             f"{path} cannot be read ({error}); remove the folder {path.parent} to begin the run again"
         ) from error
@@ -153,16 +152,28 @@ def pack_optimiser(optimiser: Optimizer) -> tuple[dict[str, Tensor], Any]:
 
 def unpack_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor], packed: Any) -> None:
     """Give an optimiser the state that `pack_optimiser` took from one with the same groups."""
-    settings = [{name: group[name] for name in _OURS if name in group} for group in optimiser.param_groups]
+    moved = {"params", *_COUNTERS}
+    settings = [{name: value for name, value in group.items() if name not in moved} for group in optimiser.param_groups]
     optimiser.load_state_dict(_unpacked(packed, tensors))
     for group, own in zip(optimiser.param_groups, settings, strict=True):
-        group.update(own)  # The recipe's say, whatever the file's is.
+        counters = {name: _counted(name, group[name]) for name in _COUNTERS if name in group}
+        parameters = group["params"]
+        group.clear()
+        group.update(params=parameters, **own, **counters)  # The recipe's say, whatever the file's is.
     for parameter, values in optimiser.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 # In the parameter's memory format, as the optimiser would have made it: another order of additions
                 # would be another result.
                 values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _counted(name: str, value: Any) -> int | Tensor:
+    """Return a counter as it was read; raise ValueError where it counts nothing."""
+    number = value.item() if isinstance(value, Tensor) else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= _MOST_STEPS:
+        raise ValueError(f"an optimiser's {name} must be a number of updates, and is {number!r}")
+    return value if isinstance(value, Tensor) else int(value)
 
 
 def _packed(value: Any, tensors: dict[str, Tensor], owner: str) -> Any:

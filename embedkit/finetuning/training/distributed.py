@@ -20,7 +20,9 @@ from torch import distributed as processes
 
 from embedkit.errors import FinetuneError
 
-_PATIENCE = timedelta(minutes=60)  # One process may write, read or compute alone while the others wait.
+# One process embeds, writes or fits alone while the others wait, and that may take days. Of a process that dies they
+# learn at once, from its connections and from torchrun. 2^31 milliseconds, the most that some timers hold, are 24 days.
+_PATIENCE = timedelta(days=20)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from embedkit.store.durable import aside, publish_over, write_durably
+
+_MOST = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,36 @@ class EpochRow:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EpochRow:
-        """Return a row of JSON values, which may come from a stranger: whatever is no number is an error."""
-        metrics, rates = (
-            {str(name): float(value) for name, value in values[kind].items()} for kind in ("metrics", "rates")
-        )
+        """Return a row of JSON values, which may come from a stranger: whatever is no number is an error.
+
+        Of a metric alone, NaN and infinity are numbers.
+        """
+        metrics = {str(name): float(value) for name, value in values["metrics"].items()}
+        rates = {str(name): _finite(value) for name, value in values["rates"].items()}
         return cls(
-            int(values["epoch"]), float(values["loss"]), metrics, rates, int(values["images"]), int(values["failed"]),
-            float(values["seconds"]), int(values["batch_size"]), int(values["skipped"]),
+            _count(values["epoch"]), _finite(values["loss"]), metrics, rates, _count(values["images"]),
+            _count(values["failed"]), _finite(values["seconds"]), _count(values["batch_size"]),
+            _count(values["skipped"]),
         )  # fmt: skip
 
     @property
     def images_per_second(self) -> float:
         """Training images a second."""
         return self.images / self.seconds if self.seconds else 0.0
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not a number that an epoch ends with")
+    return number
+
+
+def _count(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number <= _MOST:
+        raise ValueError(f"{number} is not a number of things in an epoch")
+    return number
 
 
 @dataclass(frozen=True)
@@ -89,13 +109,18 @@ class History:
         """The row of the epoch whose weights were kept."""
         return self.epochs[self.best_epoch - 1] if self.best_epoch else None
 
+    @property
+    def judged(self) -> bool:
+        """Whether a validation chose that epoch; otherwise it is the last one, or there was none."""
+        return self.best is not None and bool(self.best.metrics)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """Return what `to_dict` wrote; raise KeyError, TypeError, AttributeError or ValueError where that cannot be."""
+        """Return what `to_dict` wrote; raise what Python raises where that cannot be."""
         rows, best = tuple(EpochRow.from_dict(row) for row in values["epochs"]), int(values["best_epoch"])
         if [row.epoch for row in rows] != list(range(1, len(rows) + 1)) or best not in range(len(rows) + 1):
             raise ValueError("its epochs are not in order")

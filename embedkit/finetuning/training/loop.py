@@ -23,8 +23,10 @@ from embedkit.finetuning.recipe import Recipe
 from embedkit.finetuning.training.checkpoints import LAST, check_identity, load_facts, state_folder
 from embedkit.finetuning.training.distributed import World
 from embedkit.finetuning.training.history import EpochRow, History, Moment
+from embedkit.finetuning.training.losses import LEAST_COMPARED
 from embedkit.finetuning.training.optimisers import set_rates
 from embedkit.finetuning.training.recorders import Recorder
+from embedkit.finetuning.training.replicas import takes_statistics
 from embedkit.finetuning.training.runs import Run, begin, identity_of, keep, load_best
 from embedkit.finetuning.training.schedules import rate_factor
 from embedkit.finetuning.training.steps import accumulate, in_pieces, is_out_of_memory, on_device
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedkit")
 
 _SMALLEST_SCALE = 2.0**-10  # Of fp16's losses: below it, the overflow is not the scale's fault.
+_ONE = "one image's gradients"
 _TRY = (
     "try a tenth of --body-lr and --head-lr, --clip-grad 1, a longer --warmup-epochs, or --amp-dtype bf16 or fp32; "
     "other settings need another folder"
@@ -188,7 +191,7 @@ def _train_epoch(run: Run, feed: Feed, epoch: int, progress: Callable[[Moment], 
     summed += _checked(run, before, epoch, updates)
     if not images:
         first = f": {feed.failures[0]}" if feed.failures else ""
-        raise FinetuneError(f"none of the {len(feed.entries)} training images can be read{first}")
+        raise FinetuneError(f"none of the {feed.images} training images can be read{first}")
     seconds = time.perf_counter() - started
     failed = int(world.total(torch.tensor(len(feed.failures), device=run.device)))
     return EpochRow(epoch, summed / images, {}, rates, images, failed, seconds, run.at_once, skipped)
@@ -242,17 +245,31 @@ def _gradients(run: Run, batches: Sequence[TrainBatch], images: int) -> Tensor:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            largest = max(len(piece.rows) for piece in pieces)
-            if largest == 1:
-                raise FinetuneError(
-                    "memory does not hold one image's gradients; try --grad-checkpointing, a smaller --img-size, "
-                    "--amp-dtype bf16, or fewer blocks to --unfreeze"
-                ) from error
-            run.at_once = -(-largest // 2)
+            run.at_once = _fewer(run, max(len(piece.rows) for piece in pieces), error)
         # Outside the handler: the error holds on to what the failed pass had made.
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        log.warning("out of memory: %d images at once from now on, and their gradients are added up", run.at_once)
+        log.warning("out of memory: %d images at once from now on, and %s", run.at_once, _consequence(run))
+
+
+def _fewer(run: Run, images: int, error: RuntimeError) -> int:
+    """Return how many images to try at once where so many are too many; raise FinetuneError at the least."""
+    compares = not getattr(run.criterion, "adds_up", False)
+    least = LEAST_COMPARED if compares else 1
+    if images <= least:
+        needs = f"the gradients of {images} images, and the loss {run.recipe.loss} compares no fewer than {least}"
+        raise FinetuneError(
+            f"memory does not hold {needs if compares else _ONE}; try --grad-checkpointing, a smaller --img-size, "
+            "--amp-dtype bf16, or fewer blocks to --unfreeze"
+        ) from error
+    return max(least, -(-images // 2))
+
+
+def _consequence(run: Run) -> str:
+    if getattr(run.criterion, "adds_up", False):
+        kept = "; batch normalisation learns no statistics of single images"
+        return f"their gradients are added up{kept if run.at_once == 1 and takes_statistics(run.trainee) else ''}"
+    return f"the loss {run.recipe.loss} compares no more than these with one another: it is another loss than before"
 
 
 def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, number: int) -> float:
@@ -269,7 +286,7 @@ def _checked(run: Run, step: tuple[int, Tensor, Tensor] | None, epoch: int, numb
 
 
 def _moment(run: Run, feed: Feed, epoch: int, share: float, images: int, loss: float, started: float) -> Moment:
-    seconds, ahead, total = time.perf_counter() - started, run.recipe.epochs - epoch, len(feed.entries)
+    seconds, ahead, total = time.perf_counter() - started, run.recipe.epochs - epoch, feed.images
     left = seconds / share * (ahead + 1 - share) + run.validating * (ahead + 1)
     return Moment(epoch, run.recipe.epochs, round(total * share), total, loss, images / seconds, left)
 
@@ -283,13 +300,14 @@ def _validate_epoch(run: Run, row: EpochRow, judge: Callable[[Trainee], dict[str
         run.world.share_values(run.trainee)
         metrics = judge(run.trainee)
         score = _score(metrics, recipe, row.loss)
-        better = not metrics or not run.history.best_epoch or score > run.best_score
+        counts = bool(metrics) or not run.history.judged  # An epoch that nothing judged replaces none that was.
+        better = counts and (not metrics or not run.history.judged or score > run.best_score)
         best = {f"trainee.{name}": value.clone() for name, value in run.trainee.state_dict().items()} if better else {}
     run.validating = time.perf_counter() - started
     row = replace(row, metrics=metrics)
     best_epoch = epoch if better else run.history.best_epoch
     run.best_score = score if better else run.best_score
-    run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" else run.plateau
+    run.plateau = run.plateau.after(score, recipe) if recipe.sched == "plateau" and counts else run.plateau
     waited = epoch - best_epoch
     stopped = (
         f"no better {recipe.metric} in {counted(waited, 'epoch')}"
@@ -323,9 +341,10 @@ def _say(run: Run, row: EpochRow) -> None:
     best = " (best)" if row.metrics and run.history.best_epoch == row.epoch else ""
     rates = [rate for rate in row.rates.values() if rate]
     span = f"{min(rates):.2g} to {max(rates):.2g}" if rates else "0"
+    failed = f", {counted(row.failed, 'image')} could not be read" if row.failed else ""
     log.info(
-        "epoch %d of %d: loss %.4f%s%s, %.0f images/s, lr %s%s", row.epoch, recipe.epochs, row.loss, metrics, best,
-        row.images_per_second, span, f", {_spell(left)} left" if left and not run.history.stopped else "",
+        "epoch %d of %d: loss %.4f%s%s, %.0f images/s, lr %s%s%s", row.epoch, recipe.epochs, row.loss, metrics, best,
+        row.images_per_second, span, failed, f", {_spell(left)} left" if left and not run.history.stopped else "",
     )  # fmt: skip
     if run.history.stopped:
         log.info("stops early: %s", run.history.stopped)

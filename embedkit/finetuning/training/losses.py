@@ -13,6 +13,8 @@ from embedkit.errors import FinetuneError, MissingExtraError
 from embedkit.finetuning.recipe import LOSSES, Recipe
 
 METRIC_LOSSES = tuple(name for name in LOSSES if name != "cross-entropy")
+COMPARING = ("supcon", "triplet")  # They compare a batch's images with one another, and ArcFace with its prototypes.
+LEAST_COMPARED = 8  # Images that a comparing loss needs at once: several of a class, and others to tell them from.
 
 # As their authors chose them, for embeddings of length one.
 _TEMPERATURE, _MARGIN, _SCALE, _ARC_DEGREES = 0.1, 0.2, 64.0, 28.6
@@ -82,6 +84,11 @@ class MetricLoss(nn.Module):
     seed : int, default 0
         Of the prototypes that ArcFace learns.
 
+    Attributes
+    ----------
+    adds_up : bool
+        Whether the mean of a batch is that of its parts' means: not where its images are compared with one another.
+
     Raises
     ------
     MissingExtraError
@@ -100,6 +107,7 @@ class MetricLoss(nn.Module):
             from pytorch_metric_learning import losses, miners
         except ImportError as error:
             raise MissingExtraError("pytorch-metric-learning", "metric") from error
+        self.adds_up = name not in COMPARING
         self._miner: Any = None
         self.loss: nn.Module
         if name == "supcon":
@@ -133,7 +141,7 @@ def make_criterion(
     classes, dim : int
         Number of classes and width of the embedding.
     class_weights : array of shape (c,), optional
-        As for `CrossEntropy`; the losses of metric learning have classes balanced in each batch instead.
+        As for `CrossEntropy`; of the losses of metric learning, `class_batches` balances the batches instead.
 
     Returns
     -------
@@ -143,7 +151,8 @@ def make_criterion(
     Raises
     ------
     FinetuneError
-        When the recipe mixes pictures or smooths labels for a loss that compares whole pictures.
+        When the recipe mixes pictures or smooths labels for a loss that compares whole pictures, warms up a head that
+        such a loss does not train, or gives it too few pictures to compare.
     MissingExtraError
         When a package is needed that is not installed.
 
@@ -164,6 +173,16 @@ def make_criterion(
         raise FinetuneError(f"--loss {recipe.loss} compares whole pictures; leave --mixup and --cutmix at 0")
     if recipe.smoothing:
         raise FinetuneError(f"--loss {recipe.loss} has no labels to smooth; leave --smoothing at 0")
+    if recipe.warmup in ("probe", "sgd"):
+        raise FinetuneError(
+            f"--loss {recipe.loss} trains no head that could be warmed up, and fits one at the end; "
+            "leave --warmup at auto"
+        )
+    if recipe.loss in COMPARING and recipe.batch_size < LEAST_COMPARED:
+        raise FinetuneError(
+            f"--loss {recipe.loss} compares the images of a batch, and {recipe.batch_size} are too few; "
+            f"choose a --batch-size of {LEAST_COMPARED} or more"
+        )
     if classes < 2:
         raise FinetuneError(f"--loss {recipe.loss} needs two classes at least, and there is {classes}")
     return MetricLoss(recipe.loss, classes, dim, recipe.seed)
@@ -184,51 +203,3 @@ def balanced_weights(codes: npt.NDArray[np.int64], classes: int) -> npt.NDArray[
     weights = np.zeros(classes, dtype=np.float32)
     weights[present] = len(codes) / (present.sum() * counts[present])
     return weights
-
-
-def class_batches(
-    codes: npt.NDArray[np.int64], batch_size: int, *, images_a_class: int = 4, seed: int = 0, epoch: int = 1
-) -> list[npt.NDArray[np.int64]]:
-    """Return the rows of each batch of an epoch, of which every class has several.
-
-    A loss that compares pictures learns nothing from a class that is in its batch once. Each row is in one batch an
-    epoch; what is left of the classes at its end comes in batches of fewer classes.
-
-    Parameters
-    ----------
-    codes : array of shape (n,)
-        Class code of every row.
-    batch_size : int
-        Rows of a batch, rounded down to whole groups of a class; at least two groups.
-    images_a_class : int, default 4
-        Rows of a group.
-    seed, epoch : int
-        Draw it; nothing else does.
-
-    Returns
-    -------
-    list of arrays of shape (b,)
-        int64.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from embedkit.finetuning.training.losses import class_batches
-    >>> codes = np.repeat([0, 1, 2], 4)
-    >>> [np.bincount(codes[rows]).tolist() for rows in class_batches(codes, 12, images_a_class=4)]
-    [[4, 4, 4]]
-    """
-    random = np.random.default_rng([seed, epoch])
-    queues = {code: random.permutation(np.flatnonzero(codes == code)) for code in np.unique(codes).tolist()}
-    # Groups of each class, one round after the other: a batch then has as many different classes as it has groups.
-    rounds = max((-(-len(rows) // images_a_class) for rows in queues.values()), default=0)
-    groups: list[npt.NDArray[np.int64]] = []
-    for number in range(rounds):
-        span = slice(number * images_a_class, (number + 1) * images_a_class)
-        found = [rows[span] for rows in queues.values() if len(rows[span])]
-        groups += [found[place] for place in random.permutation(len(found)).tolist()]
-    together = max(2, batch_size // images_a_class)
-    starts = list(range(0, len(groups), together))
-    if len(starts) > 1 and len(groups) - starts[-1] < 2:
-        starts.pop()  # One class alone is nothing to compare with: it joins the batch before.
-    return [np.concatenate(groups[start:stop]) for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True)]

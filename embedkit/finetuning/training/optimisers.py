@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from embedkit.backbones import import_timm
 from embedkit.errors import FinetuneError
 from embedkit.finetuning.recipe import Recipe
+from embedkit.finetuning.training.checkpoints import pack_optimiser
 
 if TYPE_CHECKING:
     from embedkit.finetuning.blocks import Block
     from embedkit.finetuning.trainee import Trainee
+
+_TRIAL = ((4,), (4, 6), (4, 2, 3, 3))  # Shapes of a bias, of a layer's weights and of a convolution's.
+_ON_ACCELERATORS = ("bnb", "fused")  # How optimisers are called that work nowhere else.
 
 
 def parameter_groups(
@@ -100,15 +108,27 @@ def make_optimiser(groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
         When there is no such optimiser here, or it cannot work with one backward pass an update.
     """
     check_optimiser(recipe)
-    optim = import_module("timm.optim")
-    try:
-        optimiser = optim.create_optimizer_v2(
-            groups, opt=recipe.opt, lr=recipe.head_lr, weight_decay=0.0, momentum=recipe.momentum
-        )
-    except (ImportError, AssertionError, RuntimeError, TypeError) as error:
-        raise FinetuneError(f"the optimiser {recipe.opt} cannot be used here: {error}; try adamw") from error
+    with _usable(recipe):
+        return _created(groups, recipe)
+
+
+def _created(groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
+    optimiser = import_module("timm.optim").create_optimizer_v2(
+        groups, opt=recipe.opt, lr=recipe.head_lr, weight_decay=0.0, momentum=recipe.momentum
+    )
     assert isinstance(optimiser, Optimizer)
     return optimiser
+
+
+@contextmanager
+def _usable(recipe: Recipe) -> Iterator[None]:
+    """Name the optimiser where it cannot be made, such as one of another package, or where it cannot step."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except (ImportError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise FinetuneError(f"the optimiser {recipe.opt} cannot be used here: {error}; try adamw") from error
 
 
 def check_optimiser(recipe: Recipe) -> None:
@@ -122,7 +142,8 @@ def check_optimiser(recipe: Recipe) -> None:
     Raises
     ------
     FinetuneError
-        When timm has no such optimiser, with the closest names, or it needs second derivatives.
+        When timm has no such optimiser, with the closest names, it needs second derivatives, or it cannot make a step
+        here or be saved for a resumed run.
     """
     import_timm()
     optim = import_module("timm.optim")
@@ -133,10 +154,30 @@ def check_optimiser(recipe: Recipe) -> None:
         raise FinetuneError(f"no optimiser is called {recipe.opt!r}; timm's are many, such as {', '.join(near)}")
     if optim.get_optimizer_info(name).second_order:
         raise FinetuneError(f"{recipe.opt} needs derivatives of derivatives, which this loop does not make; try adamw")
+    _try_out(recipe)
+
+
+def _try_out(recipe: Recipe) -> None:
+    """Let an optimiser make a step with small weights, and pack what it keeps, as after an epoch."""
+    fast = recipe.opt.lower().removeprefix("lookahead_").startswith(_ON_ACCELERATORS)
+    device = torch.device("cuda" if fast and torch.cuda.is_available() else "cpu")
+    weights = [torch.linspace(-1, 1, math.prod(shape), device=device).reshape(shape) for shape in _TRIAL]
+    with torch.random.fork_rng([]), warnings.catch_warnings(), _usable(recipe):
+        warnings.simplefilter("ignore")  # The one that learns says it.
+        groups = [
+            {"params": [nn.Parameter(value)], "name": str(number), "base_lr": recipe.head_lr, "lr": recipe.head_lr}
+            for number, value in enumerate(weights)
+        ]
+        optimiser = _created(groups, recipe)
+        for group, value in zip(optimiser.param_groups, weights, strict=True):
+            group["params"][0].grad = value.clone()
+        optimiser.step()
+        pack_optimiser(optimiser)
 
 
 def set_rates(optimiser: Optimizer, factor: float) -> dict[str, float]:
-    """Multiply every group's own learning rate with a factor, and return the rates by the groups' names."""
+    """Multiply every group's own learning rate with a factor, and return those of what learns, by the groups' names."""
     for group in optimiser.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return {group["name"]: group["lr"] for group in optimiser.param_groups}
+    learning = (group for group in optimiser.param_groups if any(each.requires_grad for each in group["params"]))
+    return {group["name"]: group["lr"] for group in learning}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -59,6 +61,19 @@ def return_replicas(trainee: Trainee, replicas: list[Trainee], images: list[int]
 def takes_statistics(trainee: nn.Module) -> bool:
     """Return whether any batch normalisation of a trainee is learning its statistics."""
     return any(module.training for module in trainee.modules() if isinstance(module, _BatchNorm))
+
+
+@contextmanager
+def statistics_kept(trainee: nn.Module) -> Iterator[None]:
+    """Have batch normalisation use the statistics that it has inside, and learn none: a single image has none."""
+    norms = [module for module in trainee.modules() if isinstance(module, _BatchNorm) and module.training]
+    try:
+        for norm in norms:
+            norm.training = False
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
 
 
 def statistics_of(trainee: nn.Module) -> list[Tensor]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from embedkit.finetuning.training.distributed import World
 from embedkit.finetuning.training.history import History, write_epochs
 from embedkit.finetuning.training.optimisers import make_optimiser, parameter_groups
 from embedkit.finetuning.training.schedules import Plateau
+from embedkit.finetuning.training.steps import is_out_of_memory
 
 if TYPE_CHECKING:
     from embedkit.finetuning.trainee import Trainee
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedkit")
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FIRST_STEPS = 6  # After a restore: within them an optimiser has looked at all that it keeps, lookahead's in the sixth.
 
 
 @dataclass
@@ -142,11 +145,38 @@ def _restore(run: Run) -> None:
         run.criterion.load_state_dict(_named(tensors, "criterion."))
         unpack_optimiser(run.optimiser, tensors, facts["optimiser"])
         if run.average is not None:
-            run.average.load(_named(tensors, "average."), int(facts["updates"]))
-        run.scaler.load_state_dict(facts["scaler"])
+            run.average.load(_named(tensors, "average."), max(0, int(facts["updates"])))
+        _restore_scale(run.scaler, facts["scaler"])
         run.history = History.from_dict(facts["history"])
         run.at_once, run.plateau = max(1, int(facts["at_once"])), Plateau.from_dict(facts["plateau"])
         run.best_score = -math.inf if facts["best_score"] is None else float(facts["best_score"])
+    _watch_first_steps(run.optimiser, path)
+
+
+def _restore_scale(scaler: torch.amp.GradScaler, found: Mapping[str, Any]) -> None:
+    """Let fp16's losses be scaled as they were; how the scale moves is not read from a file."""
+    if not scaler.is_enabled():
+        return
+    scale, steps = float(found["scale"]), int(found["_growth_tracker"])
+    if not (math.isfinite(scale) and scale > 0 and 0 <= steps < scaler.get_growth_interval()):
+        raise ValueError(f"its losses are scaled by {scale!r} since {steps!r} updates")
+    scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": steps})
+
+
+def _watch_first_steps(optimiser: torch.optim.Optimizer, path: Path) -> None:
+    """Name the file where an optimiser cannot go on from what it was given, which only its steps find out."""
+    step, left = optimiser.step, _FIRST_STEPS
+
+    @wraps(step)
+    def watched(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            optimiser.step = step  # type: ignore[method-assign]
+        with _fitting(path):
+            return step(*arguments, **options)
+
+    optimiser.step = watched  # type: ignore[method-assign]
 
 
 def load_best(run: Run) -> None:
@@ -169,7 +199,9 @@ def _fitting(path: Path) -> Iterator[None]:
     """Name the file where what was read does not fit."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         raise FinetuneError(
             f"{path} does not fit this run ({error}); remove the folder {path.parent} to begin the run again"
         ) from error

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.finetuning.training.norms import fold_pairs
-from embedkit.finetuning.training.replicas import lend_replicas, return_replicas
+from embedkit.finetuning.training.replicas import (
+    lend_replicas,
+    return_replicas,
+    statistics_kept,
+    takes_statistics,
+)
 from embedkit.finetuning.training.shares import sum_gradients
 from embedkit.finetuning.training.ways import way_of
 
@@ -35,7 +40,8 @@ def accumulate(
 ) -> Tensor:
     """Add the gradients of a mean loss to the parameters, piece by piece.
 
-    On a processor, a piece whose images have nothing to do with one another is shared out: see `sum_gradients`.
+    On a processor, a piece whose images have nothing to do with one another is shared out: see `sum_gradients`. For a
+    piece of a single image, batch normalisation keeps the statistics that it has.
 
     Parameters
     ----------
@@ -66,6 +72,12 @@ def accumulate(
         loss: Tensor = criterion(outputs.float(), embeddings.float(), piece)
         return loss * (len(piece.rows) / total)
 
+    single = [piece for piece in pieces if len(piece.rows) == 1]
+    if single and takes_statistics(trainee):
+        more = [piece for piece in pieces if len(piece.rows) > 1]
+        with statistics_kept(trainee):
+            loss = accumulate(trainee, criterion, single, total, context, scale)
+        return loss + accumulate(trainee, criterion, more, total, context, scale) if more else loss
     way = way_of(trainee, pieces[0].pixels)
     learning = [each for each in (*trainee.parameters(), *criterion.parameters()) if each.requires_grad]
     folded, threads = fold_pairs(way.pairs), torch.get_num_threads()

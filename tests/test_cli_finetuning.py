@@ -60,13 +60,13 @@ def test_settings_reach_the_recipe() -> None:
     recipe = parsed(
         "--head", "mlp:16", "--unfreeze", "last-2", "--body-lr", "3e-4", "--eval-metric", "loss", "--no-freeze-norm",
         "--augment", "medium", "--scale", "0.5", "1", "--color-jitter", "0.4", "--contrast", "0.1",
-        "--mixup-prob", "0.5",
+        "--mixup", "0.2", "--mixup-prob", "0.5",
     )  # fmt: skip
     assert (recipe.head, recipe.unfreeze, recipe.body_lr, recipe.metric, recipe.freeze_norm) == (
         "mlp:16", "last-2", 3e-4, "loss", False,
     )  # fmt: skip
     expected = dataclasses.replace(
-        PRESETS["medium"], crop_scale=(0.5, 1.0), brightness=0.4, contrast=0.1, saturation=0.4, mix_prob=0.5
+        PRESETS["medium"], crop_scale=(0.5, 1.0), brightness=0.4, contrast=0.1, saturation=0.4, mixup=0.2, mix_prob=0.5
     )
     assert recipe.augmentation == expected
 

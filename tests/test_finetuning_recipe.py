@@ -80,6 +80,8 @@ def test_a_strangers_recipe_is_refused_by_name(values: Any, message: str) -> Non
         ({"seed": -1}, "seed must be from 0"),
         ({"augmentation": {}}, "augmentation must be an Augmentation"),
         ({"augmentation": Augmentation(mixup_off_epoch=3)}, "mixup_off_epoch ends what does not begin"),
+        ({"augmentation": Augmentation(mix_prob=0.5)}, "mix_prob is the chance of what does not come"),
+        ({"head_epochs": 5}, "head_epochs are of a warm-up by steps, and none is made"),
         ({"gradual": 2, "unfreeze": "none"}, "gradual thaws one block after the other"),
         ({"epochs": 3, "warmup_epochs": 4.0}, "rise for 4 epochs never arrive in 3"),
         (

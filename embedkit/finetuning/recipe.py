@@ -269,6 +269,10 @@ def _check_pairs(recipe: Recipe) -> None:
     varied = recipe.augmentation
     if varied.mixup_off_epoch and not (varied.mixup or varied.cutmix):
         raise FinetuneError("mixup_off_epoch ends what does not begin; give mixup or cutmix, or drop it")
+    if varied.mix_prob != Augmentation.mix_prob and not (varied.mixup or varied.cutmix):
+        raise FinetuneError("mix_prob is the chance of what does not come; give mixup or cutmix, or drop it")
+    if recipe.head_epochs != Recipe.head_epochs and recipe.warmup_kind != "sgd" and recipe.loss == "cross-entropy":
+        raise FinetuneError("head_epochs are of a warm-up by steps, and none is made; choose warmup sgd, or drop them")
     if recipe.sched != "one-cycle" and 0 < recipe.epochs < recipe.warmup_epochs:
         raise FinetuneError(
             f"learning rates that rise for {recipe.warmup_epochs:g} epochs never arrive in {recipe.epochs}; "

@@ -300,12 +300,14 @@ def _checked_store(job: Job, given: Store | str | os.PathLike[str] | None) -> St
 
 def _other_picture(job: Job, store: Store) -> str | None:
     """Return the id of an image that is no longer what the store was made of."""
-    known = store.images
-    rows = {id: row for row, id in enumerate(store.ids)}
-    for entry in (entry for part in job.division.parts for entry in part.entries if entry.id in rows):
-        row = rows[entry.id]
-        if entry.status() == (known.sizes[row], known.mtimes_ns[row]) or not known.content_sha256[row].any():
-            continue
+    known, rows = store.images, {id: row for row, id in enumerate(store.ids)}
+    entries = (entry for part in job.division.parts for entry in part.entries)
+    found = [(entry, rows[entry.id]) for entry in entries if entry.id in rows]
+    found = [(entry, row) for entry, row in found if entry.status() != (known.sizes[row], known.mtimes_ns[row])]
+    found = [(entry, row) for entry, row in found if known.content_sha256[row].any()]
+    if len(found) > 1000 and job.world.first:
+        log.info("comparing the content of %s with what %s was made of", counted(len(found), "image"), store.path)
+    for entry, row in found:
         try:
             if content_sha256(entry.read()) != known.content_sha256[row].tobytes():
                 return entry.id

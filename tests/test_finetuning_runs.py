@@ -48,6 +48,17 @@ def test_a_damaged_state_is_named_with_what_to_do(world: World, tmp_path: Path) 
         world.train(tmp_path, replace(RECIPE, epochs=1))
 
 
+def refuse_changed(world: World, finished: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Go on with a copy of a run, in whose state something was changed: it is refused, and the file is named."""
+    shutil.copytree(finished, folder)
+    path = folder / "state" / "last.safetensors"
+    tensors, facts = load_state(path)
+    change(facts)
+    save_state(path, tensors, facts)
+    with pytest.raises(FinetuneError, match=r"last\.safetensors does not fit this run .*; remove the folder"):
+        world.train(folder, replace(RECIPE, epochs=1))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -67,12 +78,7 @@ def test_a_damaged_state_is_named_with_what_to_do(world: World, tmp_path: Path) 
 def test_a_state_that_a_stranger_changed_is_refused_by_name(
     world: World, tmp_path: Path, changes: dict[str, Any], one_epoch: Path
 ) -> None:
-    shutil.copytree(one_epoch, tmp_path / "run")
-    path = tmp_path / "run" / "state" / "last.safetensors"
-    tensors, facts = load_state(path)
-    save_state(path, tensors, facts | changes)
-    with pytest.raises(FinetuneError, match=r"last\.safetensors does not fit this run .*; remove the folder"):
-        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
+    refuse_changed(world, one_epoch, tmp_path / "run", lambda facts: facts.update(changes))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +92,7 @@ def test_a_state_that_a_stranger_changed_is_refused_by_name(
 def test_an_epoch_that_cannot_have_been_is_refused_by_name(
     world: World, tmp_path: Path, changes: dict[str, Any], one_epoch: Path
 ) -> None:
-    shutil.copytree(one_epoch, tmp_path / "run")
-    path = tmp_path / "run" / "state" / "last.safetensors"
-    tensors, facts = load_state(path)
-    facts["history"]["epochs"][0] |= changes
-    save_state(path, tensors, facts)
-    with pytest.raises(FinetuneError, match=r"last\.safetensors does not fit this run .*; remove the folder"):
-        world.train(tmp_path / "run", replace(RECIPE, epochs=1))
+    refuse_changed(world, one_epoch, tmp_path / "run", lambda facts: facts["history"]["epochs"][0].update(changes))
 
 
 @pytest.mark.parametrize("change", [("scale", "x"), ("scale", math.inf), ("scale", 0.0), ("_growth_tracker", "x")])
